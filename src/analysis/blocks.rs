@@ -8,7 +8,7 @@ use crate::ir::{Attribute, Body, Graph, GraphIndex, ValueId, ValueType};
 use super::chain::Chain;
 use super::dataflow::data_inputs;
 use super::kinds::{self, Mixing};
-use super::residual::{addends, handed_on};
+use super::residual::{addends, passed_through};
 
 /// `x + f(x)` between two neighbouring values of the stream.
 #[derive(Clone, Debug)]
@@ -78,7 +78,7 @@ fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth
     if depth > 8 {
         return false;
     }
-    if let Some(handed) = handed_on(body, index, node) {
+    if let Some(handed) = passed_through(body, index, node) {
         return carries(body, index, handed, from, depth + 1);
     }
     match addends(body, node) {
@@ -96,13 +96,13 @@ fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId)
     while value != from {
         let Some((node, _)) = index.node_of(value) else { break };
         let changes = matches!(body.nodes[node].op_type.as_str(), "Mul" | "Div");
-        let inner = match handed_on(body, index, node) {
+        let inner = match passed_through(body, index, node) {
             Some(inner) => Some(inner),
             None => addends(body, node)
                 .and_then(|operands| operands.into_iter().find(|&id| carries(body, index, id, from, 0))),
         };
         let Some(inner) = inner else { break };
-        if changes || handed_on(body, index, node).is_none() {
+        if changes || passed_through(body, index, node).is_none() {
             plain = inner;
         }
         value = inner;

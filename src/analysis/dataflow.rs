@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Body, DataType, Graph, GraphIndex, Node, Tensor, ValueId};
 
 /// The inputs of a node, including those that bodies inside it capture.
 pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
@@ -30,6 +30,17 @@ pub fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
         }
     }
     true
+}
+
+/// The tensor of an initializer or of a `Constant` node.
+pub fn constant_tensor<'b>(body: &'b Body, index: &GraphIndex, value: ValueId) -> Option<&'b Tensor> {
+    match index.node_of(value) {
+        Some((number, _)) => {
+            let node = body.nodes.get(number).filter(|node| node.op_type == "Constant")?;
+            node.attribute("value")?.as_tensor()
+        }
+        None => body.initializer(value),
+    }
 }
 
 /// The graph input of which a `Slice` or `Split` takes a part of each row: an exporter that packs features behind the

@@ -26,18 +26,20 @@ mod products;
 mod projection;
 mod residual;
 mod stream;
+mod sublayers;
 mod taps;
 mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
-pub use head::{head_input, head_weight};
+pub use head::{head_input, head_weight, position_wise_from};
 pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owner::Owner;
 pub use owners::Owners;
 pub use projection::Projection;
+pub use sublayers::Sublayers;
 
-use crate::base::Result;
+use crate::base::{Error, Result};
 use crate::ir::{Body, Graph, GraphIndex, Model};
 
 /// A model in the form in which layers are found, with its layers.
@@ -85,6 +87,26 @@ pub fn analyse(model: &Model) -> Result<Analysis> {
     Ok(Analysis { model, map, vision, is_vision_beside_text: false, merged: None })
 }
 
+/// The layers of an analysed model cut into their residual blocks.
+///
+/// Errors: `Error::Unsupported` for a merged decoder; as [`analyse`].
+pub fn sublayers(analysis: &Analysis) -> Result<Sublayers> {
+    if analysis.merged.is_some() || analysis.is_vision_beside_text {
+        return Err(Error::unsupported(
+            "the graph",
+            "its layers can be cut into attention and MLP only in one decoder",
+        )
+        .remedy("export the decoder as one graph, without branches of an `If`"));
+    }
+    let (graph, body) = (&analysis.model.graph, &analysis.model.graph.body);
+    let ((chain, mut layers), _) = towers::split(graph, body, stream::longest_chain(graph, body)?)?;
+    glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
+    let (parts, mlps) = sublayers::cut(&layers);
+    let mut map = map::build(graph, body, &chain, parts);
+    ports::assign(graph, body, &chain, &mut map)?;
+    Ok(Sublayers { map, mlps })
+}
+
 /// The layers of a graph's top-level body. Skip-norm fusions must have been split before.
 ///
 /// Errors: as [`analyse`].
@@ -99,7 +121,7 @@ fn towers_of(graph: &Graph, body: &Body) -> Result<(LayerMap, Option<LayerMap>)>
     Ok((layers_of(graph, body, own)?, vision))
 }
 
-fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::Tower) -> Result<LayerMap> {
+fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::TowerLayers) -> Result<LayerMap> {
     glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
     let mut map = map::build(graph, body, &chain, layers);
     ports::assign(graph, body, &chain, &mut map)?;

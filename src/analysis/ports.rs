@@ -58,11 +58,11 @@ fn carried(node: &Node, output: usize) -> Option<usize> {
 }
 
 /// Operators between a cache port and its concatenation or attention.
-const HAND_ON: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
+const LAYOUT_OPS: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
 
 /// True for nodes that change only type or layout, including a concatenation of one tensor.
-fn hands_on(node: &Node) -> bool {
-    HAND_ON.contains(&node.op_type.as_str()) || (node.op_type == "Concat" && node.inputs.len() == 1)
+fn changes_only_layout(node: &Node) -> bool {
+    LAYOUT_OPS.contains(&node.op_type.as_str()) || (node.op_type == "Concat" && node.inputs.len() == 1)
 }
 
 fn fused(node: &Node) -> Option<&'static FusedPorts> {
@@ -86,7 +86,7 @@ pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> 
     let tracer =
         Tracer { graph, body, index: &index, chain, layer_of: &layer_of, owners: &map.node_owners, shared: &shared };
     let others = body.outputs.iter().filter(|id| **id != map.result);
-    let traces = others.map(|&output| Ok((output, tracer.back_from(output)?))).collect::<Result<Vec<_>>>()?;
+    let traces = others.map(|&output| Ok((output, tracer.trace_back(output)?))).collect::<Result<Vec<_>>>()?;
     let has_past = traces.iter().any(|(_, trace)| trace.as_ref().is_some_and(|trace| trace.past.is_some()));
     let mut taken: HashSet<ValueId> = HashSet::new();
     for (output, trace) in traces {
@@ -130,7 +130,7 @@ fn copies(body: &Body, index: &GraphIndex, value: ValueId) -> Vec<ValueId> {
     while let Some((node, _)) = index.node_of(value) {
         let node = &body.nodes[node];
         match node.inputs.first().copied().flatten() {
-            Some(inner) if hands_on(node) => value = inner,
+            Some(inner) if changes_only_layout(node) => value = inner,
             _ => break,
         }
         found.push(value);
@@ -172,7 +172,7 @@ impl Tracer<'_> {
     /// `None` for an output computed between layers.
     ///
     /// Errors: `Error::Unsupported` for an unknown operator of another domain whose second or later output is a cache.
-    fn back_from(&self, output: ValueId) -> Result<Option<Trace>> {
+    fn trace_back(&self, output: ValueId) -> Result<Option<Trace>> {
         let mut layer = None;
         let mut trace = Trace { layer: 0, past: None, role: None, carried: false };
         let mut open = vec![output];
@@ -200,7 +200,7 @@ impl Tracer<'_> {
                 continue;
             }
             // Values that other layers use too (rotary tables, masks) are not this layer's cache.
-            if layer.is_some() && owner.is_none() && self.owners[number].only() != layer && !hands_on(node) {
+            if layer.is_some() && owner.is_none() && self.owners[number].only() != layer && !changes_only_layout(node) {
                 continue;
             }
             layer = layer.or(owner);
@@ -262,7 +262,7 @@ fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
     while let Some((node, _)) = index.node_of(value) {
         let node = &body.nodes[node];
         match node.inputs.first().copied().flatten() {
-            Some(inner) if hands_on(node) => value = inner,
+            Some(inner) if changes_only_layout(node) => value = inner,
             _ => return value,
         }
     }

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::ir::{Dim, Graph, GraphIndex, Node, ValueId, captured};
 
 use super::Analysis;
+use super::dataflow::constant_tensor;
 
 /// Inputs with which the caller requests fewer positions.
 const ASKED_BY: &[&str] = &["num_logits_to_keep", "logits_to_keep"];
@@ -83,12 +84,7 @@ fn ints(node: &Node, name: &str) -> Option<Vec<i64>> {
 
 /// The integers of an initializer or a `Constant` node.
 fn constant_of(graph: &Graph, id: ValueId) -> Option<Vec<i64>> {
-    if let Some((_, tensor)) = graph.body.initializers.iter().find(|(other, _)| *other == id) {
-        return tensor.to_i64s();
-    }
-    let (number, _) = GraphIndex::new(graph).node_of(id)?;
-    let node = graph.body.nodes.get(number).filter(|node| node.op_type == "Constant")?;
-    node.attribute("value").and_then(|value| value.as_tensor()).and_then(|tensor| tensor.to_i64s())
+    constant_tensor(&graph.body, &GraphIndex::new(graph), id)?.to_i64s()
 }
 
 /// Values computed from the content of these.

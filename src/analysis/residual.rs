@@ -7,7 +7,7 @@ use crate::ir::{Body, GraphIndex, ValueId};
 use super::dataflow::{data_inputs, from_weights};
 
 /// Operators that pass a tensor on without arithmetic.
-const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
+const PASS_THROUGH: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
 /// Limit on nested sums and chained copies; bounds the search.
 const DEPTH: usize = 8;
 /// Limit on the addends of one sum `x + f(x)`; bounds the search.
@@ -25,14 +25,14 @@ pub fn addends(body: &Body, node: usize) -> Option<Vec<ValueId>> {
 }
 
 /// The tensor that a node passes on unchanged, or scaled by weights alone.
-pub fn handed_on(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId> {
+pub fn passed_through(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId> {
     let inner = &body.nodes[node];
     if !inner.domain.is_empty() {
         return None;
     }
     let input = |number: usize| inner.inputs.get(number).copied().flatten();
     match inner.op_type.as_str() {
-        name if HAND_ON.contains(&name) => input(0),
+        name if PASS_THROUGH.contains(&name) => input(0),
         "Mul" | "Div" => {
             let (left, right) = (input(0)?, input(1)?);
             if from_weights(body, index, right) {
@@ -94,8 +94,9 @@ fn block_input(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueI
         let copies: Vec<Vec<ValueId>> = operands
             .iter()
             .map(|&operand| {
-                let inner =
-                    |id: &ValueId| index.node_of(*id).and_then(|(node, _)| handed_on(body, index, node)).filter(flows);
+                let inner = |id: &ValueId| {
+                    index.node_of(*id).and_then(|(node, _)| passed_through(body, index, node)).filter(flows)
+                };
                 std::iter::successors(Some(operand), inner).take(DEPTH).collect()
             })
             .collect();

@@ -10,7 +10,7 @@ use super::products::product;
 use super::stream;
 
 /// A stream and its layers.
-pub type Tower = (Chain, Vec<LayerBlocks>);
+pub type TowerLayers = (Chain, Vec<LayerBlocks>);
 
 /// The language model's stream and layers, and those of a vision tower before it if the graph has one.
 ///
@@ -19,7 +19,7 @@ pub type Tower = (Chain, Vec<LayerBlocks>);
 /// leads only to the layers after that product.
 ///
 /// Errors: as `blocks::group`.
-pub fn split(graph: &Graph, body: &Body, chain: Chain) -> Result<(Tower, Option<Tower>)> {
+pub fn split(graph: &Graph, body: &Body, chain: Chain) -> Result<(TowerLayers, Option<TowerLayers>)> {
     let layers = blocks::group(graph, body, &chain)?;
     let index = GraphIndex::of_body(body);
     let cuts = (2..layers.len()).rev().filter(|&cut| {

@@ -124,11 +124,11 @@ mod tests {
             if number % 10 == 7 { Err(wrong(number)) } else { Ok(number) }
         };
         let all = prepared_ahead((4, 3), || Ok(0..20), slow, |items| Ok(items.collect::<Vec<_>>())).unwrap();
-        let told: Vec<String> =
+        let found: Vec<String> =
             all.into_iter().map(|item| item.map_or_else(|e| e.to_string(), |n| n.to_string())).collect();
         let expected: Vec<String> =
             (0..20).map(|n| slow(n).map_or_else(|e| e.to_string(), |n| n.to_string())).collect();
-        assert_eq!(told, expected);
+        assert_eq!(found, expected);
         let first = prepared_ahead((2, 2), || Ok(0usize..), slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
         assert!(first.unwrap_err().to_string().contains('7'));
         let nothing = || -> Result<std::iter::Empty<usize>> { Err(wrong(0)) };

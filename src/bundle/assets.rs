@@ -82,6 +82,7 @@ const NAMES: &[(&str, AssetKind)] = &[
     (".mdl", AssetKind::Other),
     (RECORD_FILE, AssetKind::Record),
     ("interlace-export.json", AssetKind::Record),
+    ("interlace-precision.json", AssetKind::Record),
 ];
 
 /// Extensions of graphs and of weights in formats that no component reads.

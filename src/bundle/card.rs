@@ -38,10 +38,20 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
     let mut lines: Vec<String> =
         [Tower::Text, Tower::Vision].into_iter().filter_map(|tower| removed(tower, history)).collect();
     let pruned = !lines.is_empty();
+    let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     for step in history {
+        if let RecordedStep::Prune { mlps, bridged, .. } = step {
+            let removed = format!("- MLPs removed, with attention kept, in layers {}, counted from 0.", list(mlps));
+            lines.extend((!mlps.is_empty()).then_some(removed));
+            let added = format!("- nodes that make up for removed layers added behind layers {}.", list(bridged));
+            lines.extend((!bridged.is_empty()).then_some(added));
+        }
         if let RecordedStep::Finetune { layers, samples, .. } = step {
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
             lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
+        }
+        if let RecordedStep::Quantise { precisions } = step {
+            lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
         }
         if let RecordedStep::Pictures { keys } = step {
             let keys: Vec<String> = keys.iter().map(|(key, value)| format!("`{key}` is {value}")).collect();
@@ -147,6 +157,8 @@ mod tests {
             dropped_original,
             deepstack: None,
             compensated: Vec::new(),
+            bridged: Vec::new(),
+            mlps: Vec::new(),
             taps: Vec::new(),
         }
     }

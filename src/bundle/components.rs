@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::base::{Error, Result, contained_path};
 
 use super::component::Component;
-use super::layout::{Components, Layout, Role, VARIANTS};
+use super::layout::{Components, FolderLayout, Role, VARIANTS};
 use super::listing::Listing;
 use super::text::read_json;
 
@@ -43,7 +43,7 @@ const EXPORT_COMPONENTS: &[(&str, Role)] = &[
 ///
 /// Errors: `Error::Io` and `Error::Invalid` when the file that lists them cannot be read or lists a missing file;
 /// `Error::Unsupported` for unknown components.
-pub(super) fn find(layout: &Layout, root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+pub(super) fn find(layout: &FolderLayout, root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     match layout.components {
         Components::Stems(rows) => Ok(components_by_stem(listing, rows)),
         Components::GenaiConfig => components_of_genai(root, listing),

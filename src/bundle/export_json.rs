@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Result};
 
-use super::json::{Document, Edit, Kind, Node};
+use super::json::{Document, Edit, JsonKind, JsonNode};
 use super::layers::LayerEdit;
 use super::tower::Tower;
 
@@ -17,11 +17,11 @@ use super::tower::Tower;
 pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<String>> {
     let mut edits = Vec::new();
     let components = document.root().get("components").map(|node| &node.kind);
-    if let (Some(Kind::Object(components)), Tower::Text) = (components, edit.tower) {
+    if let (Some(JsonKind::Object(components)), Tower::Text) = (components, edit.tower) {
         for (name, component) in components {
             for key in ["in_spec", "out_spec"] {
                 let Some(node) = component.get("metadata").and_then(|metadata| metadata.get(key)) else { continue };
-                let Node { span, kind: Kind::Scalar(Value::String(text)) } = node else { continue };
+                let JsonNode { span, kind: JsonKind::Scalar(Value::String(text)) } = node else { continue };
                 let problem = |what: String| {
                     Error::invalid(format!("`components.{name}.metadata.{key}` in {}", document.subject()), what)
                         .remedy("export the model again: the file and the graphs do not belong together")

@@ -14,21 +14,21 @@ const MAX_DEPTH: usize = 128;
 pub(super) struct Document {
     subject: String,
     text: String,
-    root: Node,
+    root: JsonNode,
 }
 
 /// One value of a [`Document`].
 #[derive(Debug)]
-pub(super) struct Node {
+pub(super) struct JsonNode {
     pub span: Range<usize>,
-    pub kind: Kind,
+    pub kind: JsonKind,
 }
 
-/// Content of a [`Node`].
+/// Content of a [`JsonNode`].
 #[derive(Debug)]
-pub(super) enum Kind {
-    Object(Vec<(String, Node)>),
-    Array(Vec<Node>),
+pub(super) enum JsonKind {
+    Object(Vec<(String, JsonNode)>),
+    Array(Vec<JsonNode>),
     Scalar(Value),
 }
 
@@ -39,19 +39,19 @@ pub(super) struct Edit {
     pub text: String,
 }
 
-impl Node {
+impl JsonNode {
     /// A member of an object.
-    pub fn get(&self, key: &str) -> Option<&Node> {
+    pub fn get(&self, key: &str) -> Option<&JsonNode> {
         match &self.kind {
-            Kind::Object(members) => members.iter().find(|(name, _)| name == key).map(|(_, node)| node),
+            JsonKind::Object(members) => members.iter().find(|(name, _)| name == key).map(|(_, node)| node),
             _ => None,
         }
     }
 
     /// The elements of an array.
-    pub fn elements(&self) -> Option<&[Node]> {
+    pub fn elements(&self) -> Option<&[JsonNode]> {
         match &self.kind {
-            Kind::Array(elements) => Some(elements),
+            JsonKind::Array(elements) => Some(elements),
             _ => None,
         }
     }
@@ -64,31 +64,31 @@ impl Node {
     /// An integer.
     pub fn as_i64(&self) -> Option<i64> {
         match &self.kind {
-            Kind::Scalar(value) => value.as_i64(),
+            JsonKind::Scalar(value) => value.as_i64(),
             _ => None,
         }
     }
 
     pub fn is_object(&self) -> bool {
-        matches!(&self.kind, Kind::Object(_))
+        matches!(&self.kind, JsonKind::Object(_))
     }
 
     /// True for `true`.
     pub fn is_true(&self) -> bool {
-        matches!(&self.kind, Kind::Scalar(Value::Bool(true)))
+        matches!(&self.kind, JsonKind::Scalar(Value::Bool(true)))
     }
 
     /// A string.
     pub fn as_str(&self) -> Option<&str> {
         match &self.kind {
-            Kind::Scalar(value) => value.as_str(),
+            JsonKind::Scalar(value) => value.as_str(),
             _ => None,
         }
     }
 
     /// True for `null`.
     pub fn is_null(&self) -> bool {
-        matches!(&self.kind, Kind::Scalar(Value::Null))
+        matches!(&self.kind, JsonKind::Scalar(Value::Null))
     }
 }
 
@@ -107,7 +107,7 @@ impl Document {
         Ok(Document { subject, text, root })
     }
 
-    pub fn root(&self) -> &Node {
+    pub fn root(&self) -> &JsonNode {
         &self.root
     }
 
@@ -139,7 +139,7 @@ impl Document {
 
     /// The text of an array that has only the elements `kept`, each unchanged or replaced by `Some(text)`. White space
     /// between elements follows the original.
-    pub fn array_with(&self, node: &Node, kept: &[(usize, Option<String>)]) -> String {
+    pub fn array_with(&self, node: &JsonNode, kept: &[(usize, Option<String>)]) -> String {
         let elements = node.elements().unwrap_or(&[]);
         let slice = |range: Range<usize>| self.text.get(range).unwrap_or_default();
         let (Some(first), Some(last)) = (elements.first(), elements.last()) else {
@@ -185,12 +185,12 @@ impl Scanner<'_> {
         bytes.get(self.position).copied()
     }
 
-    fn lost(&self) -> Error {
+    fn unreadable(&self) -> Error {
         Error::invalid(self.subject, format!("cannot be read at byte {}", self.position))
             .remedy("correct the file, or download it again")
     }
 
-    fn value(&mut self) -> Result<Node> {
+    fn value(&mut self) -> Result<JsonNode> {
         let opening = self.peek();
         let start = self.position;
         self.depth += 1;
@@ -217,12 +217,12 @@ impl Scanner<'_> {
             }
         };
         self.depth -= 1;
-        Ok(Node { span: start..self.position, kind })
+        Ok(JsonNode { span: start..self.position, kind })
     }
 
-    fn scalar(&self, start: usize) -> Result<Kind> {
-        let text = self.text.get(start..self.position).ok_or_else(|| self.lost())?;
-        serde_json::from_str(text).map(Kind::Scalar).map_err(|_| self.lost())
+    fn scalar(&self, start: usize) -> Result<JsonKind> {
+        let text = self.text.get(start..self.position).ok_or_else(|| self.unreadable())?;
+        serde_json::from_str(text).map(JsonKind::Scalar).map_err(|_| self.unreadable())
     }
 
     fn string(&mut self) -> Result<String> {
@@ -234,28 +234,28 @@ impl Scanner<'_> {
                 Some(b'\\') => self.position += 2,
                 Some(b'"') => break,
                 Some(_) => self.position += 1,
-                None => return Err(self.lost()),
+                None => return Err(self.unreadable()),
             }
         }
         self.position += 1;
-        let text = self.text.get(start..self.position).ok_or_else(|| self.lost())?;
-        serde_json::from_str(text).map_err(|_| self.lost())
+        let text = self.text.get(start..self.position).ok_or_else(|| self.unreadable())?;
+        serde_json::from_str(text).map_err(|_| self.unreadable())
     }
 
-    fn object(&mut self) -> Result<Kind> {
+    fn object(&mut self) -> Result<JsonKind> {
         self.position += 1;
-        let mut members: Vec<(String, Node)> = Vec::new();
+        let mut members: Vec<(String, JsonNode)> = Vec::new();
         loop {
             match self.peek() {
                 Some(b'}') => {
                     self.position += 1;
-                    return Ok(Kind::Object(members));
+                    return Ok(JsonKind::Object(members));
                 }
                 Some(b',') => self.position += 1,
                 Some(b'"') => {
                     let key = self.string()?;
                     if self.peek() != Some(b':') {
-                        return Err(self.lost());
+                        return Err(self.unreadable());
                     }
                     self.position += 1;
                     if members.iter().any(|(name, _)| *name == key) {
@@ -267,23 +267,23 @@ impl Scanner<'_> {
                     }
                     members.push((key, self.value()?));
                 }
-                _ => return Err(self.lost()),
+                _ => return Err(self.unreadable()),
             }
         }
     }
 
-    fn array(&mut self) -> Result<Kind> {
+    fn array(&mut self) -> Result<JsonKind> {
         self.position += 1;
         let mut elements = Vec::new();
         loop {
             match self.peek() {
                 Some(b']') => {
                     self.position += 1;
-                    return Ok(Kind::Array(elements));
+                    return Ok(JsonKind::Array(elements));
                 }
                 Some(b',') => self.position += 1,
                 Some(_) => elements.push(self.value()?),
-                None => return Err(self.lost()),
+                None => return Err(self.unreadable()),
             }
         }
     }
@@ -328,17 +328,17 @@ mod tests {
         }
     }
 
-    fn check(text: &str, node: &Node, value: &Value) {
+    fn check(text: &str, node: &JsonNode, value: &Value) {
         let reread: Value = serde_json::from_str(&text[node.span.clone()]).unwrap();
         assert_eq!(&reread, value);
         match (&node.kind, value) {
-            (Kind::Array(nodes), Value::Array(values)) => {
+            (JsonKind::Array(nodes), Value::Array(values)) => {
                 nodes.iter().zip(values).for_each(|(node, value)| check(text, node, value));
             }
-            (Kind::Object(nodes), Value::Object(values)) => {
+            (JsonKind::Object(nodes), Value::Object(values)) => {
                 nodes.iter().for_each(|(key, node)| check(text, node, &values[key]));
             }
-            (Kind::Scalar(found), value) => assert_eq!(found, value),
+            (JsonKind::Scalar(found), value) => assert_eq!(found, value),
             _ => panic!("kinds differ"),
         }
     }

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result};
 
 use super::config::{TEXT_SECTIONS, VISION_SECTIONS};
-use super::json::{Document, Edit, Kind, Node};
-use super::layer_keys::{KeyRow, OTHER_SECTIONS, Phase, ROWS, Rule};
+use super::json::{Document, Edit, JsonKind, JsonNode};
+use super::layer_keys::{KeyRow, KeyRule, OTHER_SECTIONS, PeriodPhase, ROWS};
 use super::shared_layers;
 use super::tower::Tower;
 
@@ -82,7 +82,9 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     let sections = VISION_SECTIONS.iter().filter(|section| **section != "vision");
     let expected = match edit.tower {
         Tower::Text => true,
-        Tower::Vision => sections.into_iter().filter_map(|section| document.root().get(section)).any(Node::is_object),
+        Tower::Vision => {
+            sections.into_iter().filter_map(|section| document.root().get(section)).any(JsonNode::is_object)
+        }
     };
     if walk.counts == 0 && expected {
         let name = edit.tower.name();
@@ -97,13 +99,13 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
 
 /// The path of a key whose value is the number of the tower's layers; `None` without such a key.
 pub(super) fn counting_key(document: &Document, edit: &LayerEdit) -> Option<String> {
-    fn find(object: &Node, scope: Tower, path: &str, edit: &LayerEdit) -> Option<String> {
-        let Kind::Object(members) = &object.kind else { return None };
+    fn find(object: &JsonNode, scope: Tower, path: &str, edit: &LayerEdit) -> Option<String> {
+        let JsonKind::Object(members) = &object.kind else { return None };
         members.iter().filter(|(key, _)| !OTHER_SECTIONS.contains(&key.as_str())).find_map(|(key, node)| {
             let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-            let counts = ROWS
-                .iter()
-                .any(|row| row.key == key && row.rule == Rule::Count && row.scope == scope && row.tower == edit.tower);
+            let counts = ROWS.iter().any(|row| {
+                row.key == key && row.rule == KeyRule::Count && row.scope == scope && row.tower == edit.tower
+            });
             if counts && node.as_usize() == Some(edit.total) {
                 return Some(path);
             }
@@ -125,23 +127,23 @@ fn section(key: &str, scope: Tower) -> Tower {
 /// Number of layers at the end of the vision tower that the config counts and the graph lacks, because they follow the
 /// last hidden state that is read. For example, -2 reads the state before the last layer, and an exporter then omits
 /// the last layer.
-fn layers_beyond(root: &Node, edit: &LayerEdit) -> usize {
-    let read = |node: &Node| -> Option<usize> {
+fn layers_beyond(root: &JsonNode, edit: &LayerEdit) -> usize {
+    let read = |node: &JsonNode| -> Option<usize> {
         let positions = node.elements().unwrap_or(std::slice::from_ref(node));
         let unread: Option<Vec<usize>> =
             positions.iter().map(|position| usize::try_from(-1 - position.as_i64()?).ok()).collect();
         unread?.into_iter().min()
     };
     let tower = VISION_SECTIONS.iter().find_map(|section| root.get(section));
-    let count = |section: &Node| {
-        let keys = ROWS.iter().filter(|row| row.scope == Tower::Vision && row.rule == Rule::Count);
+    let count = |section: &JsonNode| {
+        let keys = ROWS.iter().filter(|row| row.scope == Tower::Vision && row.rule == KeyRule::Count);
         keys.filter_map(|row| section.get(row.key)?.as_usize()).next()
     };
-    let states = ROWS.iter().filter(|row| row.rule == Rule::HiddenState).filter_map(|row| match row.scope {
+    let states = ROWS.iter().filter(|row| row.rule == KeyRule::HiddenState).filter_map(|row| match row.scope {
         Tower::Text => root.get(row.key),
         Tower::Vision => tower?.get(row.key),
     });
-    let dropped = root.get("drop_vision_last_layer").is_some_and(Node::is_true);
+    let dropped = root.get("drop_vision_last_layer").is_some_and(JsonNode::is_true);
     let unread = states.into_iter().find_map(read).or(dropped.then_some(1));
     match (edit.tower, unread, tower.and_then(count)) {
         (Tower::Vision, Some(unread), Some(counted)) if edit.total.checked_add(unread) == Some(counted) => unread,
@@ -162,8 +164,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn object(&mut self, object: &Node, scope: Tower, path: &str) -> Result<()> {
-        let Kind::Object(members) = &object.kind else { return Ok(()) };
+    fn object(&mut self, object: &JsonNode, scope: Tower, path: &str) -> Result<()> {
+        let JsonKind::Object(members) = &object.kind else { return Ok(()) };
         for (key, node) in members {
             let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
             let known = || {
@@ -181,8 +183,8 @@ impl Walk<'_> {
                 continue;
             }
             match &node.kind {
-                Kind::Object(_) => self.object(node, section(key, scope), &path)?,
-                Kind::Array(elements) if scope == self.edit.tower && elements.len() == self.edit.total => {
+                JsonKind::Object(_) => self.object(node, section(key, scope), &path)?,
+                JsonKind::Array(elements) if scope == self.edit.tower && elements.len() == self.edit.total => {
                     return Err(self.error(&path, format!("has one entry for each of the {} layers", self.edit.total))
                         .remedy("no rule says how this key follows its layers: take it out of the config, or ask for a rule"));
                 }
@@ -200,25 +202,25 @@ impl Walk<'_> {
         Error::unsupported(format!("`{path}` in {}", self.document.subject()), problem)
     }
 
-    fn replace(&mut self, node: &Node, text: String) {
+    fn replace(&mut self, node: &JsonNode, text: String) {
         let old = self.document.text().get(node.span.clone());
         if old != Some(text.as_str()) {
             self.edits.push(Edit { span: node.span.clone(), text });
         }
     }
 
-    fn key(&mut self, parent: &Node, node: &Node, row: &KeyRow, path: &str) -> Result<()> {
+    fn key(&mut self, parent: &JsonNode, node: &JsonNode, row: &KeyRow, path: &str) -> Result<()> {
         match row.rule {
-            Rule::Unrelated => Ok(()),
-            Rule::Count => self.count(node, path),
-            Rule::PerLayer => {
+            KeyRule::Unrelated => Ok(()),
+            KeyRule::Count => self.count(node, path),
+            KeyRule::PerLayer => {
                 self.last_kind(parent, row, path)?;
                 self.per_layer(node, path)
             }
-            Rule::ByIndex => self.by_index(node, path),
-            Rule::Repeats => self.repeats(node, path),
-            Rule::Indices | Rule::Taps => self.indices(node, row.rule, path),
-            Rule::Prefix => {
+            KeyRule::ByIndex => self.by_index(node, path),
+            KeyRule::Repeats => self.repeats(node, path),
+            KeyRule::Indices | KeyRule::Taps => self.indices(node, row.rule, path),
+            KeyRule::Prefix => {
                 let first = self.whole_number(node, path)?;
                 // A number above the number of layers means all layers, and still does after the change.
                 if first <= self.edit.total {
@@ -226,7 +228,7 @@ impl Walk<'_> {
                 }
                 Ok(())
             }
-            Rule::Last => {
+            KeyRule::Last => {
                 if node.as_i64() == Some(-1) {
                     return Ok(());
                 }
@@ -239,9 +241,9 @@ impl Walk<'_> {
                 self.replace(node, last.to_string());
                 Ok(())
             }
-            Rule::Period(list, phase) => self.period(parent, node, list, phase, path),
-            Rule::HiddenState => self.hidden_state(node, path),
-            Rule::Sharing => {
+            KeyRule::Period(list, phase) => self.period(parent, node, list, phase, path),
+            KeyRule::HiddenState => self.hidden_state(node, path),
+            KeyRule::Sharing => {
                 let count = self.whole_number(node, path)?;
                 let remaining = shared_layers::remaining(&self.edit.kept(), self.edit.total, count, &kinds_of(parent));
                 let remaining = remaining.map_err(|problem| {
@@ -251,8 +253,10 @@ impl Walk<'_> {
                 self.replace(node, remaining.to_string());
                 Ok(())
             }
-            Rule::Refused(_) if node.as_i64() == Some(0) || node.elements().is_some_and(<[Node]>::is_empty) => Ok(()),
-            Rule::Refused(why) => {
+            KeyRule::Refused(_) if node.as_i64() == Some(0) || node.elements().is_some_and(<[JsonNode]>::is_empty) => {
+                Ok(())
+            }
+            KeyRule::Refused(why) => {
                 let name = self.edit.tower.name();
                 Err(self
                     .unsupported(path, why)
@@ -262,8 +266,8 @@ impl Walk<'_> {
     }
 
     /// In some families the last layer uses full attention regardless of the list.
-    fn last_kind(&self, section: &Node, row: &KeyRow, path: &str) -> Result<()> {
-        let model_type = section.get("model_type").and_then(Node::as_str).unwrap_or_default();
+    fn last_kind(&self, section: &JsonNode, row: &KeyRow, path: &str) -> Result<()> {
+        let model_type = section.get("model_type").and_then(JsonNode::as_str).unwrap_or_default();
         match shared_layers::wrong_last(model_type, &self.edit.kept(), &kinds_of(section)) {
             Some(last) if row.key == "layer_types" => Err(self
                 .unsupported(
@@ -277,7 +281,7 @@ impl Walk<'_> {
         }
     }
 
-    fn count(&mut self, node: &Node, path: &str) -> Result<()> {
+    fn count(&mut self, node: &JsonNode, path: &str) -> Result<()> {
         let edit = self.edit;
         let count = self.whole_number(node, path)?;
         if count != edit.total + self.beyond {
@@ -289,8 +293,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn per_layer(&mut self, node: &Node, path: &str) -> Result<()> {
-        if let Kind::Scalar(serde_json::Value::String(letters)) = &node.kind {
+    fn per_layer(&mut self, node: &JsonNode, path: &str) -> Result<()> {
+        if let JsonKind::Scalar(serde_json::Value::String(letters)) = &node.kind {
             if !LETTERS.iter().any(|key| ends_with_path(path, key)) {
                 let problem = format!("is \"{letters}\", expected a list with one entry per layer");
                 return Err(self.error(path, problem).remedy("correct the config"));
@@ -309,8 +313,8 @@ impl Walk<'_> {
     }
 
     /// Settings by layer index, rewritten with those of the kept layers.
-    fn by_index(&mut self, node: &Node, path: &str) -> Result<()> {
-        let Kind::Object(members) = &node.kind else {
+    fn by_index(&mut self, node: &JsonNode, path: &str) -> Result<()> {
+        let JsonKind::Object(members) = &node.kind else {
             return Err(self.error(path, "expected settings by the index of their layer"));
         };
         let mut kept = Vec::new();
@@ -329,7 +333,7 @@ impl Walk<'_> {
     }
 
     /// `[[["a", "b"], 2]]` means `a b a b`. Rewritten with the kind of each kept layer, repeated once.
-    fn repeats(&mut self, node: &Node, path: &str) -> Result<()> {
+    fn repeats(&mut self, node: &JsonNode, path: &str) -> Result<()> {
         let expected = || self.error(path, "expected a list of [kinds, how often]");
         let mut kinds = Vec::new();
         for group in node.elements().ok_or_else(expected)? {
@@ -348,7 +352,7 @@ impl Walk<'_> {
     }
 
     /// One layer index or a list.
-    fn indices(&mut self, node: &Node, rule: Rule, path: &str) -> Result<()> {
+    fn indices(&mut self, node: &JsonNode, rule: KeyRule, path: &str) -> Result<()> {
         let single = std::slice::from_ref(node);
         let is_list = node.elements().is_some();
         let mut kept = Vec::new();
@@ -361,7 +365,7 @@ impl Walk<'_> {
             }
             let new = match (rule, self.edit.drops(layer)) {
                 (_, false) => Some(self.edit.kept_below(layer)),
-                (Rule::Taps, true) => Some(self.edit.kept_below(layer).checked_sub(1).ok_or_else(|| {
+                (KeyRule::Taps, true) => Some(self.edit.kept_below(layer).checked_sub(1).ok_or_else(|| {
                     self.error(path, format!("reads layer {layer}, and no layer at or below it would be left"))
                         .remedy("keep that layer")
                 })?),
@@ -385,7 +389,7 @@ impl Walk<'_> {
     }
 
     /// A number N, letters (`"LLLG"`) or a list that is repeated over the layers, or a list with one entry per layer.
-    fn period(&mut self, parent: &Node, node: &Node, list: &str, phase: Phase, path: &str) -> Result<()> {
+    fn period(&mut self, parent: &JsonNode, node: &JsonNode, list: &str, phase: PeriodPhase, path: &str) -> Result<()> {
         let total = self.edit.total;
         let kinds: Vec<String> = match (&node.kind, node.elements()) {
             (_, Some(elements)) if elements.len() == total => return self.per_layer(node, path),
@@ -393,16 +397,16 @@ impl Walk<'_> {
             (_, Some(elements)) => {
                 elements.iter().map(|e| self.document.text().get(e.span.clone()).unwrap_or_default().into()).collect()
             }
-            (Kind::Scalar(serde_json::Value::String(letters)), _) => match letters.chars().count() {
+            (JsonKind::Scalar(serde_json::Value::String(letters)), _) => match letters.chars().count() {
                 count if count == total => return self.per_layer(node, path),
                 _ => letters.chars().map(String::from).collect(),
             },
             _ => {
                 let period = self.whole_number(node, path)?.min(total.saturating_add(1));
                 let marked = match phase {
-                    Phase::First => Some(0),
-                    Phase::Last => period.checked_sub(1),
-                    Phase::Key(key) => {
+                    PeriodPhase::First => Some(0),
+                    PeriodPhase::Last => period.checked_sub(1),
+                    PeriodPhase::Key(key) => {
                         let offset = parent.get(key).ok_or_else(|| {
                             let problem = format!("has no `{key}` beside it");
                             self.error(path, problem).remedy("write the offset that the model has by default")
@@ -414,7 +418,7 @@ impl Walk<'_> {
             }
         };
         // Without repetition, or when the list in the same section takes precedence.
-        let listed = parent.get(list).and_then(Node::elements).is_some_and(|list| !list.is_empty());
+        let listed = parent.get(list).and_then(JsonNode::elements).is_some_and(|list| !list.is_empty());
         if kinds.len() < 2 || listed {
             return Ok(());
         }
@@ -436,7 +440,7 @@ impl Walk<'_> {
             .remedy(remedy))
     }
 
-    fn hidden_state(&mut self, node: &Node, path: &str) -> Result<()> {
+    fn hidden_state(&mut self, node: &JsonNode, path: &str) -> Result<()> {
         let edit = self.edit;
         let single = std::slice::from_ref(node);
         for position in node.elements().unwrap_or(single) {
@@ -459,7 +463,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn whole_number(&self, node: &Node, path: &str) -> Result<usize> {
+    fn whole_number(&self, node: &JsonNode, path: &str) -> Result<usize> {
         node.as_usize().ok_or_else(|| {
             let found = self.document.text().get(node.span.clone()).unwrap_or_default();
             self.error(path, format!("is {found}, expected a whole number"))
@@ -477,8 +481,8 @@ impl Walk<'_> {
 }
 
 /// `layer_types` of a section, empty where it has none.
-fn kinds_of(section: &Node) -> Vec<&str> {
-    let kinds = section.get("layer_types").and_then(Node::elements).unwrap_or_default();
+fn kinds_of(section: &JsonNode) -> Vec<&str> {
+    let kinds = section.get("layer_types").and_then(JsonNode::elements).unwrap_or_default();
     kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect()
 }
 

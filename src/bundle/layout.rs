@@ -68,7 +68,7 @@ pub(super) enum Components {
 
 /// One kind of model folder.
 #[derive(Debug)]
-pub struct Layout {
+pub struct FolderLayout {
     /// Name in messages and reports.
     pub name: &'static str,
     /// The tool that writes it, and how its files identify the graphs.
@@ -77,21 +77,28 @@ pub struct Layout {
     pub(super) components: Components,
 }
 
+impl FolderLayout {
+    /// True when a component's precision variants differ by the suffix of their files' names.
+    pub fn names_variants(&self) -> bool {
+        matches!(self.components, Components::Stems(_))
+    }
+}
+
 /// All layouts. The first one that matches is used.
-pub const LAYOUTS: &[Layout] = &[
-    Layout {
+pub const LAYOUTS: &[FolderLayout] = &[
+    FolderLayout {
         name: "genai",
         summary: "ONNX Runtime GenAI: `genai_config.json` names the graphs of `model.decoder`, `vision`, `embedding` and `speech`",
         applies: |listing| listing.has("genai_config.json"),
         components: Components::GenaiConfig,
     },
-    Layout {
+    FolderLayout {
         name: "transformers-exporter",
         summary: "the exporter of transformers: `export.json` names the components, a projector or a head of its own among them",
         applies: |listing| listing.has("export.json"),
         components: Components::ExportJson,
     },
-    Layout {
+    FolderLayout {
         name: "transformers.js",
         summary: "onnx-community: `onnx/decoder_model_merged.onnx` or `model.onnx`, `vision_encoder.onnx`, `embed_tokens.onnx` or \
                   `prepare_inputs_embeds.onnx`, each with precision variants",
@@ -113,7 +120,7 @@ pub const LAYOUTS: &[Layout] = &[
             ("onnx/image_decode", Role::ImageGenerator),
         ]),
     },
-    Layout {
+    FolderLayout {
         name: "mobius",
         summary: "Mobius: a folder for each graph, as in `decoder/model.onnx`, `vision_encoder/model.onnx`, `embedding/model.onnx`",
         applies: |listing| listing.has("decoder/model.onnx") || listing.has("model/model.onnx"),
@@ -128,7 +135,7 @@ pub const LAYOUTS: &[Layout] = &[
             ("model/model", Role::Decoder),
         ]),
     },
-    Layout {
+    FolderLayout {
         name: "optimum",
         summary: "Optimum, and lone graphs beside their configs: the names of onnx-community in the folder itself",
         applies: |listing| listing.any(|path| !path.contains('/') && path.ends_with(".onnx")),
@@ -152,7 +159,7 @@ pub const LAYOUTS: &[Layout] = &[
 ];
 
 /// A single `.onnx` file. Other files of its folder are ignored.
-pub const SINGLE_FILE: Layout = Layout {
+pub const SINGLE_FILE: FolderLayout = FolderLayout {
     name: "single file",
     summary: "one `.onnx` file alone",
     applies: |_| false,

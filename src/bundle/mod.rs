@@ -2,6 +2,7 @@
 
 mod assets;
 mod card;
+mod chunks;
 mod component;
 mod components;
 mod config;
@@ -25,7 +26,7 @@ pub use card::{base_in_card, changes, front_matter, is_card};
 pub use component::Component;
 pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
 pub use layers::LayerEdit;
-pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
+pub use layout::{FolderLayout, LAYOUTS, Role, SINGLE_FILE};
 pub use manifest::{ExportManifest, ListedScores, MANIFEST_SCHEMA_VERSION};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use source::{ModelSource, Variants};
@@ -69,7 +70,7 @@ pub struct Asset {
 #[derive(Clone, Debug)]
 pub struct Bundle {
     root: PathBuf,
-    layout: &'static Layout,
+    layout: &'static FolderLayout,
     components: Vec<Component>,
     assets: Vec<Asset>,
     left_out: Vec<String>,
@@ -168,7 +169,7 @@ impl Bundle {
     }
 
     /// The naming scheme of the folder's files.
-    pub fn layout(&self) -> &'static Layout {
+    pub fn layout(&self) -> &'static FolderLayout {
         self.layout
     }
 

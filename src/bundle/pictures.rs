@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::base::Result;
 
-use super::json::{Document, Edit, Kind};
+use super::json::{Document, Edit, JsonKind};
 
 /// A config with these keys of the image processor set: those of `preprocessor_config.json`, or of the object
 /// `image_processor` in `processor_config.json`. Every other byte stays; a missing key is added in front. `None` for a
@@ -31,7 +31,7 @@ pub(super) fn with_keys(
             None => added.push_str(&format!("\"{key}\": {value}, ")),
         }
     }
-    let is_empty = matches!(&node.kind, Kind::Object(members) if members.is_empty());
+    let is_empty = matches!(&node.kind, JsonKind::Object(members) if members.is_empty());
     let added = if is_empty { added.trim_end_matches(", ") } else { &added };
     if !added.is_empty() {
         let start = node.span.start + 1;

@@ -15,7 +15,7 @@ use super::tower::Tower;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "step", rename_all = "snake_case")]
 pub enum RecordedStep {
-    /// Layers were removed.
+    /// Layers were removed, or MLPs of layers.
     Prune {
         /// The tower that lost layers.
         tower: Tower,
@@ -25,6 +25,9 @@ pub enum RecordedStep {
         dropped: Vec<usize>,
         /// Indices in the model that was never pruned.
         dropped_original: Vec<usize>,
+        /// Layers, by their index just before this step, whose MLPs were removed alone.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        mlps: Vec<usize>,
         /// Treatment of features that are added between layers; absent where none are.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deepstack: Option<Deepstack>,
@@ -32,6 +35,10 @@ pub enum RecordedStep {
         /// the dropped ones after them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         compensated: Vec<usize>,
+        /// Layers, by their index just before this step, behind which nodes were added that make up for the dropped ones
+        /// after them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        bridged: Vec<usize>,
         /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         taps: Vec<TapChange>,
@@ -44,6 +51,11 @@ pub enum RecordedStep {
         samples: u64,
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
+    },
+    /// The model was written in other precisions, beside the floats or in their place.
+    Quantise {
+        /// Names of the precisions, as `export --precision` takes them.
+        precisions: Vec<String>,
     },
     /// Keys of the image processor's config were set.
     Pictures {

@@ -93,6 +93,8 @@ fn a_history_that_contradicts_the_graph_is_refused_without_allocation() {
             dropped_original,
             deepstack: None,
             compensated: Vec::new(),
+            bridged: Vec::new(),
+            mlps: Vec::new(),
             taps: Vec::new(),
         }
     };

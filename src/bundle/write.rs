@@ -8,13 +8,16 @@ use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, resolved_pat
 use crate::ir::Model;
 use crate::onnx::{self, Metadata, Storage};
 
-use super::json::{Document, Edit, Kind};
+use super::json::{Document, Edit, JsonKind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
-    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, export_json, is_external_data_of, pictures, read_text,
+    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, pictures,
+    read_text,
 };
 
+/// Size in bytes above which a variant's weights continue in a new file: browsers hold at most 2 GiB in one buffer.
+const VARIANT_CHUNK_BYTES: u64 = 2_000_000_000;
 /// Configs of other tools whose layer keys are in the table.
 const FOREIGN_CONFIGS: &[&str] = &["params.json"];
 
@@ -27,6 +30,8 @@ pub struct BundleWriter<'a> {
     texts: BTreeMap<String, String>,
     /// Rewritten components: path, and the number of external data files now.
     written: BTreeMap<String, usize>,
+    /// New variants: file name, and the number of external data files.
+    variants: BTreeMap<String, usize>,
     /// Components that are left out of the new folder.
     set_aside: BTreeSet<String>,
     steps: Vec<RecordedStep>,
@@ -50,6 +55,7 @@ impl<'a> BundleWriter<'a> {
             staged: Staged(StagedDir::create(target)?),
             texts: BTreeMap::new(),
             written: BTreeMap::new(),
+            variants: BTreeMap::new(),
             set_aside: BTreeSet::new(),
             steps: Vec::new(),
         })
@@ -76,6 +82,54 @@ impl<'a> BundleWriter<'a> {
         let data = onnx::save_with(model, &path, &storage, metadata)?;
         self.written.insert(component.file.clone(), data.len());
         Ok(())
+    }
+
+    /// Writes a component in another precision: as a file of its own, with the suffix in its name, or in place of the component.
+    /// Weights are inline or external as in the source. Returns the file and its bytes, external data included.
+    ///
+    /// Errors: as `onnx::save`.
+    pub fn save_variant(
+        &mut self,
+        component: &Component,
+        suffix: Option<&str>,
+        model: &Model,
+    ) -> Result<(String, u64)> {
+        let Some(suffix) = suffix else {
+            self.save(component, model)?;
+            let names = std::iter::once(component.file.clone()).chain(component.external.iter().cloned());
+            return Ok((component.file.clone(), self.bytes_of(names)?));
+        };
+        let file = format!("{}_{suffix}.onnx", component.stem);
+        let (folder, name) = file.rsplit_once('/').map_or(("", file.as_str()), |(folder, name)| (folder, name));
+        let storage = match component.external.is_empty() {
+            true => Storage::Inline,
+            false => Storage::External { file_name: format!("{name}_data"), chunk_bytes: Some(VARIANT_CHUNK_BYTES) },
+        };
+        let data = onnx::save(model, &self.target(&file)?, &storage)?;
+        self.variants.insert(name.to_string(), data.len());
+        let slash = if folder.is_empty() { "" } else { "/" };
+        let names = std::iter::once(file.clone()).chain(data.iter().map(|name| format!("{folder}{slash}{name}")));
+        let bytes = self.bytes_of(names)?;
+        Ok((file, bytes))
+    }
+
+    /// Bytes of files of the new folder that are there.
+    fn bytes_of(&self, files: impl Iterator<Item = String>) -> Result<u64> {
+        let mut bytes = 0;
+        for file in files {
+            let path = self.staged.0.path().join(file);
+            if path.exists() {
+                bytes += fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Adds a JSON file about the model.
+    ///
+    /// Errors: `Error::Io` when it cannot be written.
+    pub fn add_json<T: serde::Serialize>(&self, file: &str, value: &T) -> Result<()> {
+        write_json(&self.target(file)?, value)
     }
 
     /// Leaves a component out of the new folder.
@@ -118,6 +172,8 @@ impl<'a> BundleWriter<'a> {
             dropped_original: original,
             deepstack,
             compensated: Vec::new(),
+            bridged: Vec::new(),
+            mlps: Vec::new(),
             taps,
         };
         history.push(step.clone());
@@ -125,10 +181,18 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
-    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped.
-    pub fn compensate(&mut self, layers: &[usize]) {
-        if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
-            *compensated = layers.to_vec();
+    /// Records the layers whose MLPs were removed, after [`BundleWriter::drop_layers`] without a layer.
+    pub fn drop_mlps(&mut self, layers: &[usize]) {
+        if let Some(RecordedStep::Prune { mlps, .. }) = self.steps.last_mut() {
+            *mlps = layers.to_vec();
+        }
+    }
+
+    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped, and those behind which
+    /// added nodes do so.
+    pub fn compensate(&mut self, folded: &[usize], added_behind: &[usize]) {
+        if let Some(RecordedStep::Prune { compensated, bridged, .. }) = self.steps.last_mut() {
+            (*compensated, *bridged) = (folded.to_vec(), added_behind.to_vec());
         }
     }
 
@@ -196,6 +260,7 @@ impl<'a> BundleWriter<'a> {
     pub fn commit(mut self, provenance: Provenance) -> Result<()> {
         let record = self.record(provenance)?;
         self.keep_chunk_counts_true()?;
+        self.count_chunks_of_variants()?;
         self.preface_cards(&record)?;
         for component in self.bundle.components() {
             if !self.written.contains_key(&component.file) && !self.set_aside.contains(&component.file) {
@@ -218,6 +283,22 @@ impl<'a> BundleWriter<'a> {
         }
         write_json(&self.target(RECORD_FILE)?, &record)?;
         self.staged.0.commit()
+    }
+
+    /// Adds the number of external data files of each new variant to `config.json`, where transformers.js looks for it.
+    fn count_chunks_of_variants(&mut self) -> Result<()> {
+        let named = self.bundle.asset_path("config.json").is_some() && self.bundle.layout().name == "transformers.js";
+        if self.variants.is_empty() || !named {
+            return Ok(());
+        }
+        let document = document(self.bundle, &self.texts, "config.json")?;
+        let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
+        let others = self.bundle.components().iter().map(|it| (name(&it.file), it.external.len())).collect();
+        if let Some(edit) = chunks::counted(&document, &self.variants, &others) {
+            let text = document.apply(vec![edit])?;
+            self.texts.insert("config.json".into(), text);
+        }
+        Ok(())
     }
 
     fn history(&self) -> Result<Vec<RecordedStep>> {
@@ -262,7 +343,7 @@ impl<'a> BundleWriter<'a> {
         let file_name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
         let mut edits = Vec::new();
         match &node.kind {
-            Kind::Object(members) => {
+            JsonKind::Object(members) => {
                 for (key, value) in members {
                     let bare = key.strip_suffix(".onnx").unwrap_or(key);
                     let by_file =
@@ -399,7 +480,7 @@ impl Bundle {
 }
 
 /// Adds an edit for a number of data files (`false` is 0, `true` is 1) unless the value is already right.
-fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::Node, count: usize) {
+fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::JsonNode, count: usize) {
     let old = document.text().get(node.span.clone()).unwrap_or_default();
     let holds = old == count.to_string() || (count == 0 && old == "false") || (count == 1 && old == "true");
     if !holds {

@@ -59,9 +59,9 @@ impl std::str::FromStr for TrainedLayers {
 
 /// Weights of modalities, `image=0.7,text=0.3`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Weights(pub ModalityWeights);
+pub struct ModalityWeightsArg(pub ModalityWeights);
 
-impl std::str::FromStr for Weights {
+impl std::str::FromStr for ModalityWeightsArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -78,7 +78,7 @@ impl std::str::FromStr for Weights {
             }
         }
         check_weights(&weights).map_err(|e| e.to_string())?;
-        Ok(Weights(weights))
+        Ok(ModalityWeightsArg(weights))
     }
 }
 
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn modality_weights_are_parsed_strictly() {
         use crate::method::Modality::{Image, Text};
-        assert_eq!("image=0.75,text=2".parse(), Ok(Weights([(Image, 0.75), (Text, 2.0)].into())));
+        assert_eq!("image=0.75,text=2".parse(), Ok(ModalityWeightsArg([(Image, 0.75), (Text, 2.0)].into())));
         for (bad, want) in [
             ("image", "NAME=WEIGHT"),
             ("sound=1", "none of all, image, text"),
@@ -164,7 +164,7 @@ mod tests {
             ("text=1,text=2", "twice"),
             ("", "NAME=WEIGHT"),
         ] {
-            let error = bad.parse::<Weights>().expect_err(bad);
+            let error = bad.parse::<ModalityWeightsArg>().expect_err(bad);
             assert!(error.contains(want), "{bad}: {error}");
         }
     }

@@ -122,7 +122,7 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
         prompt_style: args.prompt_style,
         images: args.images.settings(),
     };
-    let engine = Engine::among(peers, args.device)?;
+    let engine = Engine::with_peers(peers, args.device)?;
     if args.likelihood_only {
         return likelihood(&args, &engine, &settings, context);
     }
@@ -199,7 +199,7 @@ fn predict(args: &Args, context: &Context, peers: Option<Box<dyn Peers + Send>>)
         part: args.held_back.map_or(DataPart::All, DataPart::HeldBack),
         ..TextSettings::default()
     };
-    let engine = Engine::among(peers, args.device)?;
+    let engine = Engine::with_peers(peers, args.device)?;
     let first = is_first(engine.peers());
     let (model, baseline) = args.models();
     let warnings = steps::warnings(&model.open()?, &args.data);

@@ -2,23 +2,29 @@
 
 use std::path::PathBuf;
 
-use crate::base::human_bytes;
+use crate::base::{Error, human_bytes};
 use crate::bundle::Bundle;
+use crate::export::triton::{Accelerator, InstanceKind, Serving, Versions};
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
 use super::args::amount;
 use super::context::{Context, Outcome};
 use super::output::table;
+use super::precision::{PrecisionArgs, print_components, report_precision};
 
 /// Write the model in the layout of a server, a library or the hub
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  interlace export model/ --to triton -o model_repository/")]
+#[command(after_help = "Examples:\n  interlace export model/ --to triton -o model_repository/\n  \
+                        interlace export model/ --precision int4,fp16 --to transformers-js -o folder/")]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
-    to: &'static ExportTarget,
+    #[arg(required_unless_present = "precision")]
+    to: Option<&'static ExportTarget>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
@@ -27,8 +33,15 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "max-ir", value_name = "N")]
     max_ir_version: Option<i64>,
+    /// Write operators of ONNX Runtime's own domain, such as MatMulNBits and GroupQueryAttention, as standard ones; an
+    /// operator that has no such form is an error [default: unchanged]
+    #[arg(long)]
+    standard_ops: bool,
+    /// Raise the default operator set to this version, up to 24; no graph is lowered [default: unchanged]
+    #[arg(long, value_name = "N")]
+    opset: Option<i64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
     #[arg(long, value_name = "CHECKPOINT")]
     base: Option<PathBuf>,
@@ -38,12 +51,52 @@ pub struct Args {
     /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
+    #[command(flatten)]
+    triton: TritonArgs,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
     #[arg(long, value_name = "FILE")]
     report: Vec<PathBuf>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
+}
+
+/// How Triton runs the models.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Options of --to triton")]
+struct TritonArgs {
+    /// Let the server join requests of batched models, and wait up to this many microseconds for more [default: off]
+    #[arg(long, value_name = "MICROSECONDS")]
+    dynamic_batching: Option<u64>,
+    /// Load this many copies of each model on each device [default: the server's choice]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    instances: Option<u32>,
+    /// Run the models on these devices: cpu or gpu [default: the server's choice]
+    #[arg(long, value_name = "KIND")]
+    instance_kind: Option<InstanceKind>,
+    /// Run the graphs with this accelerator of the ONNX Runtime back end: tensorrt or openvino [default: none]
+    #[arg(long, value_name = "NAME")]
+    accelerator: Option<Accelerator>,
+    /// Load these versions of each model: latest:N, all, or a list such as 1,2; the export writes version 1 [default: the
+    /// latest]
+    #[arg(long, value_name = "VERSIONS")]
+    versions: Option<Versions>,
+    /// Run the components once on zeros while they are loaded, before they are ready [default: off]
+    #[arg(long)]
+    warm_up: bool,
+}
+
+impl From<TritonArgs> for Serving {
+    fn from(args: TritonArgs) -> Self {
+        Serving {
+            batch_delay_us: args.dynamic_batching,
+            instances: args.instances,
+            instance_kind: args.instance_kind,
+            accelerator: args.accelerator,
+            versions: args.versions,
+            warm_up: args.warm_up,
+        }
+    }
 }
 
 fn targets_help() -> String {
@@ -57,13 +110,37 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
+        standard_ops: args.standard_ops,
+        opset: args.opset,
+        serving: args.triton.into(),
         base: args.base,
         dense: args.dense,
         reports: args.report,
         shard_bytes: args.shard_size,
     };
-    let export = export::export(&bundle, args.to, &settings, &args.output)?;
     let output = &context.output;
+    let export = match (args.to, args.precision.is_empty()) {
+        (Some(target), true) => export::export(&bundle, target, &settings, &args.output)?,
+        (target, _) => {
+            let data = args.precision.dataset(&bundle)?;
+            let request = args.precision.request(data.as_ref(), &context.cancel);
+            let Some(target) = target else {
+                if let Some(flag) = settings.first_set() {
+                    let problem = "is read by targets, and none is named";
+                    return Err(Error::invalid(format!("`{flag}`"), problem)
+                        .remedy("give `--to`, or leave it out")
+                        .into());
+                }
+                let report = export::write_variants(&bundle, &request, &args.output)?;
+                return report_precision(&report.components, &report, context);
+            };
+            let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
+            if !output.json {
+                print_components(&export.precision, output)?;
+            }
+            export
+        }
+    };
     if output.json {
         output.json(&export)?;
         return Ok(Outcome::Done);

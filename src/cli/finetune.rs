@@ -22,7 +22,7 @@ use super::args::{TrainedLayers, VariantArgs, amount, amount_or_none, fraction, 
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
-use super::ranks::meet_others;
+use super::ranks::connect_peers;
 
 /// Finetune the layers next to the dropped ones, or layers of a whole model
 #[derive(clap::Args)]
@@ -176,7 +176,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
     let mut device = args.device;
-    let ranks = meet_others(&mut device, context)?;
+    let ranks = connect_peers(&mut device, context)?;
     let plan = args.plan.as_ref().map(|path| anyhow::Ok((Plan::read(path)?, sha256_file(path)?))).transpose()?;
     let trained = match (&plan, &args.layers) {
         (Some((plan, digest)), _) => Trained::Plan { plan, digest },

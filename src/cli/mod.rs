@@ -15,6 +15,7 @@ mod graft;
 mod inspect;
 mod output;
 mod plan;
+mod precision;
 mod prune;
 mod ranks;
 mod run;
@@ -190,13 +191,13 @@ fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
 fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     match verb {
         Verb::Inspect(args) => inspect::run(args, context),
-        Verb::Score(args) if ranks::among_others() => run_torch(TorchVerb::Score(Box::new(args)), context),
+        Verb::Score(args) if ranks::has_peers() => run_torch(TorchVerb::Score(Box::new(args)), context),
         Verb::Score(args) => score::run(args, context, None),
         Verb::Plan(args) => plan::run(args, context),
         Verb::Prune(args) => prune::run(args, context),
         Verb::Finetune(args) => run_torch(TorchVerb::Finetune(args), context),
         Verb::Generate(args) => generate::run(args, context),
-        Verb::Eval(args) if ranks::among_others() => run_torch(TorchVerb::Eval(Box::new(args)), context),
+        Verb::Eval(args) if ranks::has_peers() => run_torch(TorchVerb::Eval(Box::new(args)), context),
         Verb::Eval(args) => eval::run(args, context, None),
         Verb::Bench(args) => bench::run(args, context),
         Verb::Verify(args) => run_torch(TorchVerb::Verify(args), context),

@@ -8,7 +8,7 @@ use crate::method::select::{Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
-use super::args::{LayerList, Weights, amount, positive};
+use super::args::{LayerList, ModalityWeightsArg, amount, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::Output;
@@ -35,7 +35,7 @@ pub struct Args {
     /// Drop this fraction of the decoder's layers, between 0 and 1, rounded down to whole layers
     #[arg(long, value_name = "RATIO")]
     drop_ratio: Option<f64>,
-    /// Drop this number of decoder layers
+    /// Drop this number of decoder layers; with finercut, of their MLPs
     #[arg(long, value_name = "K", value_parser = positive)]
     drop_count: Option<usize>,
     /// Drop the fewest layers that leave at most this number of parameters in the model, as in 1.5G or 800M
@@ -53,7 +53,7 @@ pub struct Args {
     /// Weigh the similarities over image, text and all tokens, each weight 0 or more, as in image=0.7,text=0.3
     /// [default: all=1]
     #[arg(long, value_name = "WEIGHTS", requires = "scores")]
-    modality_weights: Option<Weights>,
+    modality_weights: Option<ModalityWeightsArg>,
     /// Go on where the packs of interlace, interlace-oa and interlace-tn run out: with pairs for interlace-oa, then with single
     /// frozen layers, the most similar first
     #[arg(long)]
@@ -112,7 +112,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if let (Some(scores), Some(file)) = (&scores, &args.scores) {
         model.check_scores(scores, format!("scores `{}`", file.display()))?;
     }
-    let measures = Strategy::named(&strategy)?.measures;
+    let row = Strategy::named(&strategy)?;
+    let measures = row.measures;
     let fits = args.data.is_some() && measures == Measures::HealedLoss;
     let mut settings = PlanSettings {
         strategy,
@@ -128,7 +129,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let read = args.data.as_deref().map(|data| {
         let data = (data, &args.reading.options());
         let drawn = (args.samples, args.seed, args.fit_tokens);
-        Meter::open(&bundle, measures, data, drawn, args.device, &context.cancel)
+        Meter::open(&bundle, row, data, drawn, args.device, &context.cancel)
     });
     let mut meter = read.transpose()?;
     settings.samples = meter.as_ref().map(|meter| meter.asked);
@@ -141,7 +142,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     write_json(&args.output, &plan)?;
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
-    model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
+    model.plan_warnings(&plan).iter().for_each(|warning| output.warn(warning));
     steps::variants_warning(&bundle, &[]).iter().for_each(|warning| output.warn(warning));
     match output.json {
         true => output.json(&plan)?,
@@ -155,15 +156,18 @@ fn print(plan: &Plan, model: &PlannedModel, measured: bool, output: &Output) -> 
     output.line(strip::strip(plan))?;
     output.line(strip::legend())?;
     let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
-    output.line(format!("drop      {}", list(&plan.drop)))?;
+    let what = if plan.part.is_layer() { "drop     " } else { "drop MLPs" };
+    output.line(format!("{what} {}", list(&plan.drop)))?;
     output.line(format!("finetune  {}", list(&plan.finetune)))?;
     if measured {
         let steps =
             plan.groups.iter().map(|group| format!("{} ({:.4})", list(&group.drop), group.score.unwrap_or_default()));
         output.line(format!("loss      {} after each removal", steps.collect::<Vec<_>>().join(", ")))?;
     }
-    output.line(format!("kept      {} of {} layers", plan.num_layers - plan.drop.len(), plan.num_layers))?;
-    let (before, after) = (model.costs.without(&[]), model.costs.without(&plan.drop));
+    let kept = plan.num_layers - plan.drop.len();
+    let what = if plan.part.is_layer() { "layers" } else { "MLPs, the attention of all layers" };
+    output.line(format!("kept      {kept} of {} {what}", plan.num_layers))?;
+    let (before, after) = (model.costs.without(&[]), model.costs.without_part(plan.part, &plan.drop));
     output.line(format!(
         "model     {} of {} parameters, {} of {}",
         human_count(after.parameters),
@@ -171,6 +175,7 @@ fn print(plan: &Plan, model: &PlannedModel, measured: bool, output: &Output) -> 
         human_bytes(after.size_bytes),
         human_bytes(before.size_bytes)
     ))?;
-    output.line(format!("decoder   {:.2} times as fast at best, all layers being alike", after.speedup))?;
+    let by = if plan.part.is_layer() { "all layers being alike" } else { "by the parameters of its layers" };
+    output.line(format!("decoder   {:.2} times as fast at best, {by}", after.speedup))?;
     Ok(())
 }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use crate::base::{Device, human_bytes, list_preview, sha256_file};
+use crate::base::{Device, human_bytes, human_count, list_preview, sha256_file};
 use crate::bundle::{Bundle, Deepstack, TapChange, Tower};
 use crate::data::{Amount, Subset};
-use crate::method::{FIT_TOKENS, Plan};
-use crate::pipeline::steps::{self, Drop, Pruned};
+use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
+use crate::pipeline::steps::{self, CompensationSettings, Drop, Pruned};
 
 use super::args::{LayerList, positive};
 use super::context::{Context, Outcome};
@@ -20,7 +20,7 @@ use super::output::table;
 #[command(after_help = "Example:\n  interlace prune model/ --plan plan.json -o pruned/\n  \
     interlace prune model/ --drop 2,5 -o pruned/\n  \
     interlace prune model/ --plan plan.json --compensate linear --data train.parquet -o pruned/")]
-#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop"])))]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop", "drop_mlps"])))]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
@@ -30,17 +30,23 @@ pub struct Args {
     /// Drop the layers with these indices from 0, as in 2,5
     #[arg(long, value_name = "LAYERS")]
     drop: Option<LayerList>,
+    /// Drop the MLPs of the decoder layers with these indices from 0, as in 2,5: attention, caches and configs stay
+    #[arg(long, value_name = "LAYERS")]
+    drop_mlps: Option<LayerList>,
     /// Drop layers of this component
-    #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with = "plan")]
+    #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with_all = ["plan", "drop_mlps"])]
     component: Component,
     /// Choose what becomes of features that are added after the first layers (DeepStack): keep leaves them at their
     /// original layers, shift moves them to the first layers that remain, as Hugging Face's class does
     #[arg(long, value_enum, default_value_t = DeepstackRule::Keep)]
     deepstack: DeepstackRule,
-    /// Make up for the dropped layers: linear fits a map of what the layer before each gap adds to the stream, by least squares
-    /// towards the dense model's stream, and folds it into that layer's weights [default: nothing]
-    #[arg(long, value_name = "HOW", value_enum, requires = "data", conflicts_with = "component")]
-    compensate: Option<Compensate>,
+    /// Make up for the dropped layers by a closed form before each gap, towards the dense model's stream; see the list below
+    /// [default: nothing]
+    #[arg(long, value_name = "HOW", requires = "data", conflicts_with = "component", long_help = compensations_help())]
+    compensate: Option<String>,
+    /// Give the maps of --compensate bridge this rank: 2 R weights for each channel of the stream and gap
+    #[arg(long, value_name = "R", value_parser = positive, requires = "compensate")]
+    rank: Option<usize>,
     /// Fit on this calibration data, and measure the loss on other samples of it
     #[arg(long, value_name = "DATA", requires = "compensate")]
     data: Option<PathBuf>,
@@ -70,9 +76,13 @@ enum Component {
     VisionEncoder,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Compensate {
-    Linear,
+fn compensations_help() -> String {
+    let rows = COMPENSATIONS.iter().map(|row| format!("  {:<9}{}", row.name, row.summary));
+    format!(
+        "Make up for the dropped layers by a closed form before each gap, towards the dense model's stream:\n{}\n\
+         [default: nothing; rank of a bridge: {BRIDGE_RANK}]",
+        rows.collect::<Vec<_>>().join("\n")
+    )
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -85,8 +95,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&args.model)?;
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
     let layers = args.drop.unwrap_or(LayerList(Vec::new())).0;
-    let drop = match (&plan, &args.plan) {
-        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)?, file: path },
+    let mlps = args.drop_mlps.map(|list| list.0);
+    let drop = match (&plan, &args.plan, &mlps) {
+        (Some(plan), Some(path), _) => Drop::Plan { plan, digest: sha256_file(path)?, file: path },
+        (_, _, Some(mlps)) => Drop::Mlps(mlps),
         _ => {
             let tower = match args.component {
                 Component::Decoder => Tower::Text,
@@ -100,13 +112,19 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         DeepstackRule::Shift => Deepstack::Shift,
     };
     let output = &context.output;
-    let compensated = match (args.compensate, &args.data) {
-        (Some(Compensate::Linear), Some(data)) => {
-            let dropped = plan.as_ref().map_or(layers.as_slice(), |plan| plan.drop.as_slice());
+    let compensated = match (&args.compensate, &args.data) {
+        (Some(how), Some(data)) => {
+            if drop.part() == Part::Mlp {
+                anyhow::bail!(
+                    "--compensate closes gaps between layers, and dropping MLPs alone leaves none; leave it out"
+                );
+            }
+            let dropped = drop.layers().1;
             let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
+            let kind = CompensationRow::named(how)?.kind;
+            let settings = CompensationSettings::new(kind, args.rank, subset, Some(args.fit_tokens))?;
             let read = (data.as_path(), &args.reading.options());
-            let amounts = (subset, args.fit_tokens);
-            Some(steps::compensate(&bundle, dropped, read, amounts, args.device, &context.cancel)?)
+            Some(steps::compensate(&bundle, dropped, read, &settings, args.device, &context.cancel)?)
         }
         _ => None,
     };
@@ -122,8 +140,21 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&pruned)?;
         return Ok(Outcome::Done);
     }
-    let list = pruned.dropped.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
-    output.line(format!("dropped {list}: {} of {} layers stay", pruned.layers_after, pruned.layers_before))?;
+    let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+    match pruned.mlps.as_slice() {
+        [] => output.line(format!(
+            "dropped {}: {} of {} layers stay",
+            list(&pruned.dropped),
+            pruned.layers_after,
+            pruned.layers_before
+        ))?,
+        mlps => output.line(format!(
+            "dropped the MLPs of layers {}: {} of {} stay, the attention of all layers",
+            list(mlps),
+            pruned.layers_before - mlps.len(),
+            pruned.layers_before
+        ))?,
+    }
     match pruned.deepstack {
         Some(Deepstack::Keep) => output.line("features between layers keep their place")?,
         Some(Deepstack::Shift) => output.line("features between layers move to the first layers that stay")?,
@@ -131,12 +162,20 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
     if let Some(own) = &pruned.compensation {
         output.line(format!(
-            "made up for by {}: loss {:.4} on {} samples, {:.4} without",
+            "made up for {} {}: loss {:.4} on {} samples, {:.4} without",
+            if own.kind == CompensationKind::Linear { "by" } else { "behind" },
             layers_in_words(&own.layers),
             own.loss_after,
             own.samples,
             own.loss_before
         ))?;
+        if let Some(speedup) = own.ideal_speedup.filter(|_| own.rank.is_some()) {
+            let ideal = pruned.layers_before as f64 / pruned.layers_after as f64;
+            output.line(format!(
+                "adds {} parameters: the decoder is {speedup:.3} times as fast at best, {ideal:.3} without them",
+                human_count(own.added_parameters)
+            ))?;
+        }
     }
     for tap in &pruned.taps {
         output.line(tap_line(tap, &pruned))?;

@@ -8,7 +8,7 @@ use crate::torch::Ranks;
 use super::context::Context;
 
 /// True where the environment is that of one of several processes, as torchrun sets it.
-pub fn among_others() -> bool {
+pub fn has_peers() -> bool {
     env::var("WORLD_SIZE").is_ok_and(|size| !size.is_empty() && size != "1")
 }
 
@@ -16,7 +16,7 @@ pub fn among_others() -> bool {
 /// each takes the GPU of its own number.
 ///
 /// Errors: as `Ranks::of_environment`.
-pub fn meet_others(device: &mut Device, context: &Context) -> anyhow::Result<Option<Ranks>> {
+pub fn connect_peers(device: &mut Device, context: &Context) -> anyhow::Result<Option<Ranks>> {
     let ranks = Ranks::of_environment()?;
     if let Some(ranks) = &ranks {
         set_quiet(context.output.quiet || ranks.rank() > 0);

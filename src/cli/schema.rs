@@ -4,7 +4,7 @@ use schemars::{Schema, schema_for};
 
 use crate::bundle::{ExportManifest, Record};
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
-use crate::export::Export;
+use crate::export::{Export, PrecisionReport};
 use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
@@ -25,6 +25,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("likelihood-report", schema_for!(LikelihoodReport)),
         ("manifest", schema_for!(Manifest)),
         ("plan", schema_for!(Plan)),
+        ("precision", schema_for!(PrecisionReport)),
         ("pruned", schema_for!(Pruned)),
         ("recipe", schema_for!(Recipe)),
         ("report", schema_for!(EvalReport)),

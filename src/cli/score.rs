@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, Peers, check_output_file, is_first, write_json};
 use crate::data::{Amount, Dataset, Subset};
-use crate::method::{ScoreSettings, Scores, score_among};
+use crate::method::{ScoreSettings, Scores, score_with_peers};
 use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{VariantArgs, fraction, positive};
@@ -80,7 +80,7 @@ pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::
         let all = dataset.len();
         context.output.note(format!("scoring on {drawn} of {all} samples; `--samples` or `--fraction` sets how many"));
     }
-    let scores = score_among(peers, &bundle, &dataset, &settings, args.device, &context.cancel)?;
+    let scores = score_with_peers(peers, &bundle, &dataset, &settings, args.device, &context.cancel)?;
     if !is_first(peers) {
         return Ok(Outcome::Done);
     }

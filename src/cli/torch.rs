@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use crate::base::{Error, Peers};
 
 use super::context::{Context, Outcome};
-use super::ranks::meet_others;
+use super::ranks::connect_peers;
 use super::{eval, finetune, run, score, sweep, tune, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
@@ -47,11 +47,11 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
         TorchVerb::Tune(args) => tune::run(*args, context, Some(crate::pipeline::with_torch())),
         TorchVerb::Verify(args) => verify::run(args, context),
         TorchVerb::Score(mut args) => {
-            let ranks = meet_others(&mut args.device, context)?;
+            let ranks = connect_peers(&mut args.device, context)?;
             score::run(*args, context, ranks.as_ref().map(|ranks| ranks as &dyn Peers))
         }
         TorchVerb::Eval(mut args) => {
-            let ranks = meet_others(&mut args.device, context)?;
+            let ranks = connect_peers(&mut args.device, context)?;
             eval::run(*args, context, ranks.map(|ranks| Box::new(ranks) as Box<dyn Peers + Send>))
         }
     }

@@ -10,28 +10,32 @@ use crate::base::{Error, Result, shortened};
 
 use super::keys::{is_silent, unread};
 use super::options::DataOptions;
-use super::row::{Piece, RawMessage, Speaker};
+use super::row::{RawMessage, RawPiece, Speaker};
 use super::sample::ImageBytes;
 
 /// Reads the messages of one row from its list of structs.
 type ReadMessages = fn(&ArrayRef) -> Result<Vec<RawMessage>, String>;
 
 /// Layout of a column of conversations.
-pub(super) struct Layout {
+pub(super) struct ColumnLayout {
     pub column: &'static str,
     holds: &'static str,
     read: ReadMessages,
 }
 
 /// All supported layouts.
-const LAYOUTS: &[Layout] = &[
-    Layout { column: "texts", holds: "list of struct{user, assistant}", read: pairs },
-    Layout {
+const LAYOUTS: &[ColumnLayout] = &[
+    ColumnLayout { column: "texts", holds: "list of struct{user, assistant}", read: pairs },
+    ColumnLayout {
         column: "conversations",
         holds: "list of struct{from, value}",
-        read: |cells| said(cells, "from", "value"),
+        read: |cells| role_messages(cells, "from", "value"),
     },
-    Layout { column: "messages", holds: "list of struct{role, content}", read: |cells| said(cells, "role", "content") },
+    ColumnLayout {
+        column: "messages",
+        holds: "list of struct{role, content}",
+        read: |cells| role_messages(cells, "role", "content"),
+    },
 ];
 
 /// Names of the picture columns.
@@ -42,7 +46,7 @@ const ONE_IMAGE: &str = "image";
 /// The columns of a Parquet file that are read.
 #[derive(Clone)]
 pub(super) struct Columns {
-    layout: &'static Layout,
+    layout: &'static ColumnLayout,
     images: Vec<&'static str>,
     id: bool,
     ratings: Vec<String>,
@@ -225,7 +229,7 @@ fn pairs(cells: &ArrayRef) -> Result<Vec<RawMessage>, String> {
     Ok(messages)
 }
 
-fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, String> {
+fn role_messages(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, String> {
     let [roles, contents] = fields(cells, [role, content])?;
     let mut messages = Vec::with_capacity(cells.len());
     for number in 0..cells.len() {
@@ -237,7 +241,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
         }
         let pieces = match list_at(contents, number) {
             Ok(parts) => parts_of(&parts)?,
-            Err(_) => vec![Piece::Text(string_at(contents, number)?.unwrap_or_default())],
+            Err(_) => vec![RawPiece::Text(string_at(contents, number)?.unwrap_or_default())],
         };
         messages.push(RawMessage { speaker, pieces });
     }
@@ -245,7 +249,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
 }
 
 /// Parses the parts of a message, each a `struct{type, text, index}`. `index` is the position of a picture in the row.
-fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
+fn parts_of(parts: &ArrayRef) -> Result<Vec<RawPiece>, String> {
     let cells = parts.as_struct_opt().ok_or("`content` is not a list of struct{type, text}")?;
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
@@ -263,13 +267,13 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
             None => None,
         };
         pieces.push(match (kind.as_str(), text) {
-            ("text", Some(text)) => Piece::Text(text),
+            ("text", Some(text)) => RawPiece::Text(text),
             ("image", _) => {
                 let index = cells.column_by_name("index").and_then(|indices| number_at(indices, part));
                 if let Some(index) = index.filter(|index| *index < 0.0 || index.fract() != 0.0) {
                     return Err(format!("shows picture {index}, expected a position from 0"));
                 }
-                Piece::Image(index.map(|index| index as usize))
+                RawPiece::Image(index.map(|index| index as usize))
             }
             (kind, _) => return Err(format!("has a part of type `{}`, expected text or image", shortened(kind))),
         });

@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 
 use super::processor::{Encoded, Processor};
 use super::sample::{Sample, Turn};
-use super::template::Message;
+use super::template::ChatMessage;
 
 impl Processor {
     /// Encodes a sample up to the start of its last answer, with earlier turns and all pictures. Running text is
@@ -85,7 +85,7 @@ impl Processor {
     }
 
     /// The messages of a sample, with `answers` in place of its own answers.
-    fn messages(&self, sample: &Sample, answers: &[String]) -> Result<Vec<Message>> {
+    fn messages(&self, sample: &Sample, answers: &[String]) -> Result<Vec<ChatMessage>> {
         let mut messages = Vec::with_capacity(2 * sample.turns.len() + 1);
         messages.extend(sample.system.as_deref().map(|text| self.message("system", text)));
         for (Turn { user, .. }, answer) in sample.turns.iter().zip(answers) {
@@ -100,7 +100,7 @@ impl Processor {
         &self,
         sample: &Sample,
         answers: &[String],
-        messages: &[Message],
+        messages: &[ChatMessage],
         whole: &str,
     ) -> Result<Vec<Range<usize>>> {
         let id = &sample.id;
@@ -155,7 +155,7 @@ impl Processor {
         if span.end > span.start && tokens.get(end).is_some_and(|(_, bytes)| bytes.start < span.end) {
             end += 1;
         }
-        let closing = tokens.iter().skip(end).position(|(token, _)| self.closes(*token)).map(|place| end + place);
+        let closing = tokens.iter().skip(end).position(|(token, _)| self.ends_turn(*token)).map(|place| end + place);
         if let Some(place) = closing
             && let Some((_, bytes)) = tokens.get(place)
             && text.get(span.end.min(bytes.start)..bytes.start).is_some_and(|between| between.trim().is_empty())
@@ -166,7 +166,7 @@ impl Processor {
     }
 
     /// True for a token that can end a turn.
-    fn closes(&self, token: u32) -> bool {
+    fn ends_turn(&self, token: u32) -> bool {
         self.eos.contains(&token) || self.tokenizer.is_special(token)
     }
 }

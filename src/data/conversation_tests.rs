@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::row::{RawMessage, SourceRow, Speaker};
-use super::template::{Content, ContentPart, Message};
+use super::template::{ChatMessage, Content, ContentPart};
 use super::tests::png;
 use super::*;
 use crate::bundle::Bundle;
@@ -56,12 +56,12 @@ fn pictures(case: &Value) -> Vec<ImageBytes> {
     case["pictures"].as_array().unwrap().iter().map(image).collect()
 }
 
-fn messages(case: &Value) -> Vec<Message> {
+fn messages(case: &Value) -> Vec<ChatMessage> {
     let part = |part: &Value| match part["type"].as_str().unwrap() {
         "image" => ContentPart::Image,
         _ => ContentPart::Text { text: part["text"].as_str().unwrap().to_string() },
     };
-    let message = |message: &Value| Message {
+    let message = |message: &Value| ChatMessage {
         role: if message["role"] == "user" { "user" } else { "assistant" },
         content: Content::Parts(message["content"].as_array().unwrap().iter().map(part).collect()),
     };
@@ -133,7 +133,7 @@ fn the_shipped_data_sets_are_encoded() {
     let benchmark = Benchmark::open(&fixtures("data/bench-small.tsv")).unwrap();
     for row in benchmark.rows() {
         let images = benchmark.images(row).unwrap();
-        let question = [Part::Image(0), Part::Text(benchmark.cell(row, "question").unwrap().into())];
+        let question = [MessagePart::Image(0), MessagePart::Text(benchmark.cell(row, "question").unwrap().into())];
         let encoded = processor.encode_question(&row.index, &question, &images).unwrap();
         assert_eq!(encoded.images.unwrap().joined("pixel_values").unwrap().shape(), [1, 3, 64, 64]);
     }
@@ -142,7 +142,7 @@ fn the_shipped_data_sets_are_encoded() {
 #[test]
 fn image_tokens_in_the_question_are_refused() {
     let (_folder, processor) = processor(&serde_json::json!({}));
-    let question = [Part::Image(0), Part::Text("is <image> a token?".into())];
+    let question = [MessagePart::Image(0), MessagePart::Text("is <image> a token?".into())];
     let picture = ImageBytes::held("picture", png(3));
     let error = processor.encode_question("row 7", &question, &[picture]).unwrap_err().to_string();
     assert!(error.contains("row 7: its text holds `<image>` 2 times, but it has 1 pictures"), "{error}");

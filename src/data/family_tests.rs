@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::template::{ContentPart, Message};
+use super::template::{ChatMessage, ContentPart};
 use super::*;
 use crate::base::sha256_bytes;
 use crate::bundle::Bundle;
@@ -82,7 +82,8 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     let images: Vec<ImageBytes> =
         pictures.iter().map(|name| ImageBytes::file(name, fixtures("awkward").join(name))).collect();
     let prompt = case["add_generation_prompt"].as_bool().unwrap();
-    let messages: Vec<Message> = messages(talk).into_iter().map(|(role, parts)| processor.parts(role, parts)).collect();
+    let messages: Vec<ChatMessage> =
+        messages(talk).into_iter().map(|(role, parts)| processor.parts(role, parts)).collect();
     let result = processor.encode_messages("case", &messages, &images, prompt);
     let encoded = match (result, case["refusal"].as_str()) {
         (Ok(encoded), None) => encoded,
@@ -175,7 +176,7 @@ fn a_template_that_drops_the_content_is_refused() {
     let template = "{% for m in messages %}{{ m.role }}:{% for c in m.content if c.type == 'image' %}<image>{% endfor %}{% endfor %}";
     fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
     let open = || Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
-    let question = [Part::Text("What is it?".into())];
+    let question = [MessagePart::Text("What is it?".into())];
     let error = open().encode_question("row 3", &question, &[]).unwrap_err().to_string();
     assert!(error.contains("row 3") && error.contains("drops the text `What is it?`"), "{error}");
 
@@ -200,7 +201,7 @@ fn user_settings_override_the_image_processor_config() {
     };
     let features = |name: &str, settings: ImageSettings| {
         let picture = ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
-        let question = [Part::Image(0), Part::Text("What?".into())];
+        let question = [MessagePart::Image(0), MessagePart::Text("What?".into())];
         open(name, settings).unwrap().encode_question("row 1", &question, &[picture]).unwrap().image_positions.len()
     };
     let none = ImageSettings::default();
@@ -248,7 +249,7 @@ fn a_video_is_encoded_as_frames_with_timestamps() {
         let time = |place: &Value| place.as_f64().unwrap() / case["fps"].as_f64().unwrap();
         let clip = frames.iter().map(|place| (time(place), frame(place))).collect();
         let clip = ImageBytes::frames("video", clip).unwrap();
-        let question = [Part::Image(0), Part::Text("What happens?".into())];
+        let question = [MessagePart::Image(0), MessagePart::Text("What happens?".into())];
         let encoded = processor.encode_question("case", &question, &[clip]).unwrap();
         let special = shared["special"].as_array().unwrap();
         let id = |token: &str| 256 + special.iter().position(|special| special == token).unwrap() as i64;
@@ -266,7 +267,7 @@ fn a_video_is_encoded_as_frames_with_timestamps() {
     let folder = folder(llava, &shared);
     let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
     let clip = ImageBytes::frames("video 0", vec![(0.0, frame(&0.into())), (0.5, frame(&1.into()))]).unwrap();
-    let error = processor.encode_question("case", &[Part::Image(0)], &[clip]).unwrap_err().to_string();
+    let error = processor.encode_question("case", &[MessagePart::Image(0)], &[clip]).unwrap_err().to_string();
     assert!(error.contains("is a video, which this model's processor does not take"), "{error}");
     let back = ImageBytes::frames("video 0", vec![(1.0, frame(&0.into())), (0.5, frame(&1.into()))]);
     assert!(back.unwrap_err().to_string().contains("do not go back"));
@@ -289,7 +290,7 @@ fn the_token_of_videos_is_read_from_the_processor_s_config() {
         let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
         let frame = || ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
         let clip = ImageBytes::frames("video 0", vec![(0.0, frame()), (0.5, frame())]).unwrap();
-        processor.encode_question("case", &[Part::Image(0), Part::Text("What?".into())], &[clip])
+        processor.encode_question("case", &[MessagePart::Image(0), MessagePart::Text("What?".into())], &[clip])
     };
     encode("<|video_pad|>").unwrap();
     let error = encode("<|a token that is not in the tokenizer|>").unwrap_err().to_string();
@@ -313,7 +314,7 @@ fn a_family_without_a_template_uses_its_training_prompt() {
         system: None,
         turns: pairs
             .into_iter()
-            .map(|(text, assistant)| Turn { user: vec![Part::Image(0), Part::Text(text)], assistant })
+            .map(|(text, assistant)| Turn { user: vec![MessagePart::Image(0), MessagePart::Text(text)], assistant })
             .collect(),
         text: None,
         tensors: None,

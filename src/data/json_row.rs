@@ -11,7 +11,7 @@ use crate::base::{clipped, shortened};
 
 use super::keys::is_silent;
 use super::options::DataOptions;
-use super::row::{Piece, RawMessage, Speaker};
+use super::row::{RawMessage, RawPiece, Speaker};
 
 /// A parsed row. Its pictures are not read.
 #[derive(Debug, Default)]
@@ -73,7 +73,7 @@ impl JsonRow {
             return Err(bad("has both `conversations` and `messages`"));
         }
         for message in messages.unwrap_or_default() {
-            entry.messages.push(spoken(message, &mut images, options, &mut unread)?);
+            entry.messages.push(raw_message(message, &mut images, options, &mut unread)?);
         }
         entry.images = images;
         if !unread.is_empty() {
@@ -145,7 +145,7 @@ fn bad(problem: impl Into<String>) -> JsonProblem {
 
 /// Converts a message. Appends the names of pictures in its parts to `images`, and keys that have content but no reader
 /// to `unread`.
-fn spoken(
+fn raw_message(
     message: JsonMessage,
     images: &mut Vec<String>,
     options: &DataOptions,
@@ -160,13 +160,13 @@ fn spoken(
         bad(format!("has a message of `{}`, expected system, user or assistant", shortened(&message.role)))
     })?;
     let pieces = match message.content {
-        JsonContent::Text(text) => vec![Piece::Text(text)],
+        JsonContent::Text(text) => vec![RawPiece::Text(text)],
         JsonContent::Parts(parts) => {
             let mut pieces = Vec::with_capacity(parts.len());
             for part in parts {
                 keep(part.rest);
                 pieces.push(match (part.kind.as_str(), part.text) {
-                    ("text", Some(text)) => Piece::Text(text),
+                    ("text", Some(text)) => RawPiece::Text(text),
                     ("image", None | Some(_)) => {
                         let index = match part.index {
                             Some(index) => Some(index),
@@ -175,7 +175,7 @@ fn spoken(
                                 images.len() - 1
                             }),
                         };
-                        Piece::Image(index)
+                        RawPiece::Image(index)
                     }
                     (kind, _) => {
                         return Err(bad(format!("has a part of type `{}`, expected text or image", shortened(kind))));
@@ -431,12 +431,15 @@ mod tests {
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q", "index": null}]},
             {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}"#;
         let entry = parse(text).unwrap();
-        assert_eq!(entry.messages[1].pieces, [Piece::Image(None), Piece::Text("q".into())]);
+        assert_eq!(entry.messages[1].pieces, [RawPiece::Image(None), RawPiece::Text("q".into())]);
         assert_eq!((entry.turns(), entry.messages[0].speaker), (1, Speaker::System));
         let named =
             text.replace("\"images\": [\"x.png\"], ", "").replace(r#""image"}"#, r#""image", "image": "y.png"}"#);
         let entry = parse(&named).unwrap();
-        assert_eq!((entry.images, &entry.messages[1].pieces[0]), (vec!["y.png".to_string()], &Piece::Image(Some(0))));
+        assert_eq!(
+            (entry.images, &entry.messages[1].pieces[0]),
+            (vec!["y.png".to_string()], &RawPiece::Image(Some(0)))
+        );
     }
 
     #[test]

@@ -94,7 +94,7 @@ fn llava_files_are_read_as_json_lists_and_json_lines() {
     for path in [list, lines] {
         let samples = opened(&path);
         assert_eq!((samples[0].index, samples[0].turns.len(), samples[1].images.len()), (0, 2, 0));
-        assert_eq!(samples[0].turns[0].user, [Part::Image(0), Part::Text("What?".into())]);
+        assert_eq!(samples[0].turns[0].user, [MessagePart::Image(0), MessagePart::Text("What?".into())]);
         assert_eq!(shade(&samples[0].images[0]), 3);
         assert!(samples[0].id.starts_with("row 0 of `li") && samples[0].id.ends_with("(id `x`)"), "{}", samples[0].id);
         assert_eq!(Dataset::open(&path, &separate()).unwrap().len(), 3);
@@ -115,10 +115,10 @@ fn llava_conversations_may_have_a_system_turn_and_pictures_in_any_turn() {
     let path = write(folder.path(), "x.json", text);
     let sample = opened(&path).remove(0);
     assert_eq!((sample.system.as_deref(), sample.turns.len()), (Some("Be short."), 3));
-    assert_eq!(sample.turns[2].user, [Part::Text("And".into()), Part::Image(1)]);
+    assert_eq!(sample.turns[2].user, [MessagePart::Text("And".into()), MessagePart::Image(1)]);
     let turns: Vec<Sample> = all(&Dataset::open(&path, &separate()).unwrap()).into_iter().map(Result::unwrap).collect();
     assert_eq!(turns.iter().map(|turn| turn.images.len()).collect::<Vec<_>>(), [0, 1, 2]);
-    assert_eq!(turns[2].turns[0].user, [Part::Image(0), Part::Text("And".into()), Part::Image(1)]);
+    assert_eq!(turns[2].turns[0].user, [MessagePart::Image(0), MessagePart::Text("And".into()), MessagePart::Image(1)]);
     assert!(turns.iter().all(|turn| turn.system.is_some()));
 }
 
@@ -224,7 +224,7 @@ fn shards_of_a_folder_or_a_pattern_form_one_data_set() {
     for sample in &samples {
         let (row, text) = (row(sample.index), sample.index % 2);
         let want = Turn {
-            user: vec![Part::Image(0), Part::Text(format!("q {row} {text}"))],
+            user: vec![MessagePart::Image(0), MessagePart::Text(format!("q {row} {text}"))],
             assistant: format!("a {row} {text}"),
         };
         assert_eq!(sample.turns, [want]);
@@ -323,7 +323,7 @@ fn messages_columns_hold_strings_or_parts() {
     let said = fields(vec![("role", roles()), ("content", content)]);
     write_parquet(&path, vec![("images", list(pictures(&[1, 2]), &[2])), ("messages", list(said, &[3]))]);
     let sample = opened(&path).remove(0);
-    assert_eq!(sample.turns[0].user, [Part::Image(0), Part::Text("or".into()), Part::Image(1)]);
+    assert_eq!(sample.turns[0].user, [MessagePart::Image(0), MessagePart::Text("or".into()), MessagePart::Image(1)]);
     assert_eq!(sample.images.iter().map(shade).collect::<Vec<_>>(), [2, 1]);
 }
 

@@ -51,7 +51,7 @@ pub use levers::{LEVERS, Lever};
 pub use options::{DataOptions, DataPart, SEQUENCE_LENGTH, Turns};
 pub use picture_budget::{PictureBudget, picture_budgets};
 pub use processor::{Encoded, Processor};
-pub use sample::{ImageBytes, Part, Sample, Turn};
+pub use sample::{ImageBytes, MessagePart, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};
 pub use tensors::TensorRow;

@@ -11,8 +11,8 @@ use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
 use super::levers::LEVERS;
 use super::placeholders::{self, Ordinal, Placeholder};
-use super::sample::{ImageBytes, Part};
-use super::template::{ChatTemplate, Content, ContentPart, Message};
+use super::sample::{ImageBytes, MessagePart};
+use super::template::{ChatMessage, ChatTemplate, Content, ContentPart};
 use super::tokenizer::Tokenizer;
 
 /// An encoded sample.
@@ -193,7 +193,7 @@ impl Processor {
     ///
     /// Errors: `Error::Invalid` when a picture does not decode, the template fails, or the text does not have one
     /// placeholder per picture; `Error::Unsupported` for pictures when the image processor is not supported.
-    pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
+    pub fn encode_question(&self, id: &str, question: &[MessagePart], images: &[ImageBytes]) -> Result<Encoded> {
         self.encode_messages(id, &[self.user(question, images)?], images, true)
     }
 
@@ -201,7 +201,7 @@ impl Processor {
     pub(super) fn encode_messages(
         &self,
         id: &str,
-        messages: &[Message],
+        messages: &[ChatMessage],
         images: &[ImageBytes],
         prompt: bool,
     ) -> Result<Encoded> {
@@ -212,13 +212,13 @@ impl Processor {
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    pub(super) fn user(&self, parts: &[Part], images: &[ImageBytes]) -> Result<Message> {
-        let part = |part: &Part| match part {
-            Part::Image(place) if images.get(*place).is_some_and(|image| image.as_frames().is_some()) => {
+    pub(super) fn user(&self, parts: &[MessagePart], images: &[ImageBytes]) -> Result<ChatMessage> {
+        let part = |part: &MessagePart| match part {
+            MessagePart::Image(place) if images.get(*place).is_some_and(|image| image.as_frames().is_some()) => {
                 ContentPart::Video
             }
-            Part::Image(_) => ContentPart::Image,
-            Part::Text(text) => ContentPart::Text { text: text.clone() },
+            MessagePart::Image(_) => ContentPart::Image,
+            MessagePart::Text(text) => ContentPart::Text { text: text.clone() },
         };
         let parts: Vec<ContentPart> = parts.iter().map(part).collect();
         let shown = |part: &ContentPart| !matches!(part, ContentPart::Text { .. });
@@ -229,18 +229,18 @@ impl Processor {
     }
 
     /// A message of text alone.
-    pub(super) fn message(&self, role: &'static str, text: &str) -> Message {
+    pub(super) fn message(&self, role: &'static str, text: &str) -> ChatMessage {
         self.parts(role, vec![ContentPart::Text { text: text.to_string() }])
     }
 
     /// A message in the form that the template expects: a list of parts, or one string with placeholder markers.
-    pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> Message {
+    pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> ChatMessage {
         if self
             .template
             .as_ref()
             .is_some_and(|template| template.takes_parts(self.vision.is_some() || self.unknown_images.is_some()))
         {
-            return Message { role, content: Content::Parts(parts) };
+            return ChatMessage { role, content: Content::Parts(parts) };
         }
         let mut text = String::new();
         for part in &parts {
@@ -257,7 +257,7 @@ impl Processor {
                 (ContentPart::Image | ContentPart::Video, None) => {}
             }
         }
-        Message { role, content: Content::Text(text) }
+        ChatMessage { role, content: Content::Text(text) }
     }
 
     /// The chat template, which conversations need.
@@ -276,13 +276,13 @@ impl Processor {
         self.template().err().map(|error| error.to_string())
     }
 
-    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+    pub(super) fn render(&self, id: &str, messages: &[ChatMessage], prompt: bool) -> Result<String> {
         let template = self.template()?;
         // The template's error has a remedy.
         let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
         // Answers are not checked: templates remove the reasoning of earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
-        match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
+        match given.flat_map(ChatMessage::texts).find(|part| !text.contains(part.trim())) {
             Some(lost) => Err(Error::invalid(
                 id,
                 format!("the chat template drops the text `{}`", lost.trim().chars().take(60).collect::<String>()),

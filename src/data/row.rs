@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::sample::{ImageBytes, MARKER, Part, Sample, Turn};
+use super::sample::{ImageBytes, MARKER, MessagePart, Sample, Turn};
 use super::tensors::TensorRow;
 
 /// A row in the common form of all readers.
@@ -42,7 +42,7 @@ impl Speaker {
 
 /// A piece of a message in a data set.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Piece {
+pub(super) enum RawPiece {
     /// Text. In a user's message each `<image>` marks a picture.
     Text(String),
     /// A picture: the one at this position of the row, or the next one.
@@ -53,12 +53,12 @@ pub(super) enum Piece {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RawMessage {
     pub speaker: Speaker,
-    pub pieces: Vec<Piece>,
+    pub pieces: Vec<RawPiece>,
 }
 
 impl RawMessage {
     pub fn text(speaker: Speaker, text: String) -> Self {
-        RawMessage { speaker, pieces: vec![Piece::Text(text)] }
+        RawMessage { speaker, pieces: vec![RawPiece::Text(text)] }
     }
 }
 
@@ -87,16 +87,16 @@ impl SourceRow {
         images: Vec<ImageBytes>,
         messages: Vec<RawMessage>,
     ) -> std::result::Result<Self, String> {
-        let (system, pairs) = take_turns(messages)?;
+        let (system, pairs) = split_turns(messages)?;
         let mut shown: Vec<Option<usize>> = Vec::new();
         let mut turns = Vec::with_capacity(pairs.len());
         for (question, assistant) in pairs {
             let mut user = Vec::new();
             for piece in question {
                 match piece {
-                    Piece::Text(text) => push_text(&mut user, &text, &mut shown),
-                    Piece::Image(index) => {
-                        user.push(Part::Image(shown.len()));
+                    RawPiece::Text(text) => push_text(&mut user, &text, &mut shown),
+                    RawPiece::Image(index) => {
+                        user.push(MessagePart::Image(shown.len()));
                         shown.push(index);
                     }
                 }
@@ -105,7 +105,7 @@ impl SourceRow {
         }
         let images = if shown.is_empty() {
             if let Some(first) = turns.first_mut() {
-                first.user.splice(0..0, (0..images.len()).map(Part::Image));
+                first.user.splice(0..0, (0..images.len()).map(MessagePart::Image));
             }
             images
         } else {
@@ -132,10 +132,10 @@ impl SourceRow {
     pub fn turn(&self, index: usize, turn: usize) -> Option<Sample> {
         let own = self.turns.get(turn)?;
         let count = |turns: &[Turn]| {
-            turns.iter().flat_map(|turn| &turn.user).filter(|part| matches!(part, Part::Image(_))).count()
+            turns.iter().flat_map(|turn| &turn.user).filter(|part| matches!(part, MessagePart::Image(_))).count()
         };
         let (before, until) = (count(self.turns.get(..turn)?), count(self.turns.get(..=turn)?));
-        let user = (0..before).map(Part::Image).chain(own.user.iter().cloned()).collect();
+        let user = (0..before).map(MessagePart::Image).chain(own.user.iter().cloned()).collect();
         Some(Sample {
             index,
             id: format!("turn {turn} of {}", self.subject),
@@ -149,10 +149,10 @@ impl SourceRow {
 }
 
 /// The pieces of a question, and the answer.
-type Pair = (Vec<Piece>, String);
+type Pair = (Vec<RawPiece>, String);
 
 /// Splits messages into the system message and pairs of question and answer.
-fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>, Vec<Pair>), String> {
+fn split_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>, Vec<Pair>), String> {
     let mut messages = messages.into_iter().peekable();
     let system = match messages.next_if(|message| message.speaker == Speaker::System) {
         Some(message) => Some(plain(message, "the system message")?).filter(|text| !text.is_empty()),
@@ -191,26 +191,26 @@ fn plain(message: RawMessage, what: &str) -> std::result::Result<String, String>
     let mut out = String::new();
     for piece in message.pieces {
         match piece {
-            Piece::Text(text) => out.push_str(&text),
-            Piece::Image(_) => return Err(format!("{what} holds a picture, expected text alone")),
+            RawPiece::Text(text) => out.push_str(&text),
+            RawPiece::Image(_) => return Err(format!("{what} holds a picture, expected text alone")),
         }
     }
     Ok(out)
 }
 
 /// Appends `text` to `parts`, split at the image markers. White space next to a marker is removed.
-fn push_text(parts: &mut Vec<Part>, text: &str, shown: &mut Vec<Option<usize>>) {
+fn push_text(parts: &mut Vec<MessagePart>, text: &str, shown: &mut Vec<Option<usize>>) {
     let pieces: Vec<&str> = text.split(MARKER).collect();
     let last = pieces.len() - 1;
     for (place, piece) in pieces.into_iter().enumerate() {
         if place > 0 {
-            parts.push(Part::Image(shown.len()));
+            parts.push(MessagePart::Image(shown.len()));
             shown.push(None);
         }
         let piece = if place > 0 { piece.trim_start() } else { piece };
         let piece = if place < last { piece.trim_end() } else { piece };
         if !piece.is_empty() {
-            parts.push(Part::Text(piece.to_string()));
+            parts.push(MessagePart::Text(piece.to_string()));
         }
     }
 }
@@ -243,7 +243,7 @@ fn in_order(images: Vec<ImageBytes>, shown: &[Option<usize>]) -> std::result::Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Part::{Image, Text};
+    use MessagePart::{Image, Text};
 
     fn images(count: usize) -> Vec<ImageBytes> {
         (0..count).map(|number| ImageBytes::held(format!("image {number}"), vec![number as u8])).collect()
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn pictures_replace_their_placeholders_or_come_first() {
-        let cases: [(&str, usize, Vec<Part>); 4] = [
+        let cases: [(&str, usize, Vec<MessagePart>); 4] = [
             ("What is it?", 2, vec![Image(0), Image(1), Text("What is it?".into())]),
             ("<image>\nWhat is it?", 1, vec![Image(0), Text("What is it?".into())]),
             ("Is <image> like <image>", 2, vec![Text("Is".into()), Image(0), Text("like".into()), Image(1)]),
@@ -296,13 +296,13 @@ mod tests {
     fn numbered_pictures_are_reordered_by_their_position() {
         let message = |pieces| RawMessage { speaker: Speaker::User, pieces };
         let answer = || RawMessage::text(Speaker::Assistant, "a".into());
-        let pieces = vec![Piece::Image(Some(1)), Piece::Text("and".into()), Piece::Image(Some(0))];
+        let pieces = vec![RawPiece::Image(Some(1)), RawPiece::Text("and".into()), RawPiece::Image(Some(0))];
         let found = row(2, vec![message(pieces), answer()]).unwrap();
         assert_eq!(found.turns[0].user, [Image(0), Text("and".into()), Image(1)]);
         assert_eq!(found.images[0].read().unwrap()[0], 1);
-        let lost = row(2, vec![message(vec![Piece::Image(Some(1))]), answer()]).unwrap_err();
+        let lost = row(2, vec![message(vec![RawPiece::Image(Some(1))]), answer()]).unwrap_err();
         assert!(lost.contains("has picture 0, but never shows it"), "{lost}");
-        let none = row(1, vec![message(vec![Piece::Image(Some(1))]), answer()]).unwrap_err();
+        let none = row(1, vec![message(vec![RawPiece::Image(Some(1))]), answer()]).unwrap_err();
         assert!(none.contains("shows picture 1, but has 1"), "{none}");
     }
 

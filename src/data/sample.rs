@@ -98,7 +98,7 @@ impl ImageBytes {
 
 /// A piece of a user message.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum MessagePart {
     /// The picture or video at this position of `Sample::images`.
     Image(usize),
     /// Text, which may be empty.
@@ -109,7 +109,7 @@ pub enum Part {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// Pictures and texts of the question, in order.
-    pub user: Vec<Part>,
+    pub user: Vec<MessagePart>,
     /// The answer, which is the training target.
     pub assistant: String,
 }

@@ -19,12 +19,12 @@ const NAME: &str = "chat_template";
 
 /// One message of a conversation in the form that templates read.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Message {
+pub(super) struct ChatMessage {
     pub role: &'static str,
     pub content: Content,
 }
 
-impl Message {
+impl ChatMessage {
     /// All texts of the content.
     pub fn texts(&self) -> Vec<&str> {
         match &self.content {
@@ -77,7 +77,7 @@ struct Forms {
 
 #[derive(Serialize)]
 struct Context<'a> {
-    messages: &'a [Message],
+    messages: &'a [ChatMessage],
     add_generation_prompt: bool,
     tools: Option<()>,
     documents: Option<()>,
@@ -132,7 +132,7 @@ impl ChatTemplate {
         let text = || ContentPart::Text { text: WORD.to_string() };
         let whole = |contents: Vec<Content>| {
             contents.into_iter().any(|content| {
-                let out = self.render(&[Message { role: "user", content }], true).unwrap_or_default();
+                let out = self.render(&[ChatMessage { role: "user", content }], true).unwrap_or_default();
                 // A template that expects a string may print the list of parts literally.
                 out.contains(WORD) && !out.contains("'type'") && !out.contains("\"type\"")
             })
@@ -146,7 +146,7 @@ impl ChatTemplate {
     /// Renders a conversation.
     ///
     /// Errors: `Error::Invalid` when the template raises an exception, fails, or exceeds its limits.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
         let error = |e: &minijinja::Error| {
             Error::invalid(format!("chat template in `{}`", self.source), describe(e))
                 .remedy("repair the template, or the row if it is one that the template does not take")
@@ -327,13 +327,13 @@ impl Dump<'_> {
 mod tests {
     use super::*;
 
-    fn messages() -> Vec<Message> {
+    fn messages() -> Vec<ChatMessage> {
         vec![
-            Message {
+            ChatMessage {
                 role: "user",
                 content: Content::Parts(vec![ContentPart::Image, ContentPart::Text { text: "What <is> it?".into() }]),
             },
-            Message { role: "assistant", content: Content::Text("a cat".into()) },
+            ChatMessage { role: "assistant", content: Content::Text("a cat".into()) },
         ]
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use serde_json::Value;
 
-use super::template::{ChatTemplate, Content, ContentPart, Message};
+use super::template::{ChatMessage, ChatTemplate, Content, ContentPart};
 use super::*;
 use crate::base::{Result, sha256_bytes};
 use crate::bundle::Bundle;
@@ -121,11 +121,11 @@ fn templates_render_as_in_jinja() {
             "image" => ContentPart::Image,
             _ => ContentPart::Text { text: part["text"].as_str().unwrap().to_string() },
         };
-        let messages: Vec<Message> = case["messages"]
+        let messages: Vec<ChatMessage> = case["messages"]
             .as_array()
             .unwrap()
             .iter()
-            .map(|message| Message {
+            .map(|message| ChatMessage {
                 role: if message["role"] == "user" { "user" } else { "assistant" },
                 content: Content::Parts(message["content"].as_array().unwrap().iter().map(part).collect()),
             })
@@ -197,7 +197,8 @@ fn a_qwen_processor_equals_hugging_face() {
             ImageBytes::held("picture", bytes.into_inner())
         })
         .collect();
-    let question = [Part::Image(0), Part::Image(1), Part::Text(case["question"].as_str().unwrap().into())];
+    let question =
+        [MessagePart::Image(0), MessagePart::Image(1), MessagePart::Text(case["question"].as_str().unwrap().into())];
     let encoded = processor.encode_question("case", &question, &images).unwrap();
     let want: Vec<i64> = case["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
     assert_eq!(encoded.input_ids, want);

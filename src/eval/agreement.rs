@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType, Model};
-use crate::runtime::{Decoder, Embedded, InputKind, Session, Step, Tensor, TokenTypes};
+use crate::runtime::{Decoder, Embedded, InputKind, Session, Step, TensorValue, TokenTypes};
 use crate::torch;
 
 use super::probe::noise;
@@ -55,7 +55,7 @@ impl Probe {
     /// The last token, after the others.
     pub fn last(&self) -> Result<Step> {
         let last = self.0.slice(PROMPT_TOKENS - 1..PROMPT_TOKENS);
-        Step::behind(&[&last], &[vec![1; PROMPT_TOKENS - 1]], false)
+        Step::decode(&[&last], &[vec![1; PROMPT_TOKENS - 1]], false)
     }
 
     /// The last token after the others for a graph with a cache, otherwise all tokens.
@@ -84,7 +84,7 @@ pub fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) ->
     let fresh = decoder.feeds(&prefill)?;
     let empty = decoder.empty_cache(1)?;
     let slots: Vec<_> = decoder.slots().to_vec();
-    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut feeds: Vec<(&str, &TensorValue)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(empty.tensors()));
     let mine = interpret(&program, &feeds)?;
     let (logits, cache) = decoder.step(&prefill, None)?;
@@ -94,7 +94,7 @@ pub fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) ->
     }
     let one = probe.last()?;
     let fresh = decoder.feeds(&one)?;
-    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut feeds: Vec<(&str, &TensorValue)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(cache.tensors()));
     let mine = interpret(&program, &feeds)?;
     let (logits, cache) = decoder.step(&one, Some(cache))?;
@@ -105,8 +105,8 @@ pub fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) ->
 fn outputs_differ(
     decoder: &Decoder,
     mine: &BTreeMap<String, ir::Tensor>,
-    logits: &Tensor,
-    cache: &[Tensor],
+    logits: &TensorValue,
+    cache: &[TensorValue],
 ) -> Result<f64> {
     let names =
         std::iter::once(decoder.logits_name()).chain(decoder.slots().iter().map(|slot| slot.present.name.as_str()));
@@ -119,7 +119,7 @@ fn outputs_differ(
 }
 
 /// Largest difference between the interpreter and ONNX Runtime over all outputs of one run.
-pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, Tensor)]) -> Result<f64> {
+pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, TensorValue)]) -> Result<f64> {
     let feeds = borrowed(feeds);
     let program = torch::Program::compile(model, &torch::Options::default())?;
     let mine = interpret(&program, &feeds)?;
@@ -147,8 +147,8 @@ pub fn rounding_step(decoder: &mut Decoder, reference: &mut Decoder, probe: &Pro
 
 /// All floating-point outputs of one run, from the original graph and from its f32 form.
 pub fn rounding_once(
-    (session, feeds): (&mut Session, &[(String, Tensor)]),
-    (reference, wide): (&mut Session, &[(String, Tensor)]),
+    (session, feeds): (&mut Session, &[(String, TensorValue)]),
+    (reference, wide): (&mut Session, &[(String, TensorValue)]),
 ) -> Result<Rounding> {
     let (mine, exact) = (session.run(&borrowed(feeds), None)?, reference.run(&borrowed(wide), None)?);
     let pairs = mine.iter().zip(exact.iter()).map(|((_, mine), (_, exact))| (mine, exact));
@@ -162,13 +162,13 @@ pub fn decoder_outputs(decoder: &mut Decoder, probe: &Probe) -> Result<Vec<ir::T
     if !decoder.slots().is_empty() {
         let (logits, cache) = decoder.step(&probe.last()?, Some(cache))?;
         found.push(logits.to_ir()?);
-        found.extend(cache.tensors().iter().map(Tensor::to_ir).collect::<Result<Vec<_>>>()?);
+        found.extend(cache.tensors().iter().map(TensorValue::to_ir).collect::<Result<Vec<_>>>()?);
     }
     Ok(found)
 }
 
 /// All outputs of one run.
-pub fn session_outputs(session: &mut Session, feeds: &[(String, Tensor)]) -> Result<Vec<ir::Tensor>> {
+pub fn session_outputs(session: &mut Session, feeds: &[(String, TensorValue)]) -> Result<Vec<ir::Tensor>> {
     session.run(&borrowed(feeds), None)?.iter().map(|(_, tensor)| tensor.to_ir()).collect()
 }
 
@@ -177,11 +177,11 @@ pub fn outputs_apart(a: &[ir::Tensor], b: &[ir::Tensor]) -> f64 {
     a.iter().zip(b).fold(0.0, |largest, (a, b)| worse(largest, tensors_differ(a, b)))
 }
 
-fn borrowed(feeds: &[(String, Tensor)]) -> Vec<(&str, &Tensor)> {
+fn borrowed(feeds: &[(String, TensorValue)]) -> Vec<(&str, &TensorValue)> {
     feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect()
 }
 
-fn rounding<'a>(pairs: impl IntoIterator<Item = (&'a Tensor, &'a Tensor)>) -> Result<Rounding> {
+fn rounding<'a>(pairs: impl IntoIterator<Item = (&'a TensorValue, &'a TensorValue)>) -> Result<Rounding> {
     let mut found = Rounding { difference: 0.0, largest: 0.0 };
     for (mine, exact) in pairs {
         let exact = exact.to_ir()?;
@@ -192,7 +192,7 @@ fn rounding<'a>(pairs: impl IntoIterator<Item = (&'a Tensor, &'a Tensor)>) -> Re
 }
 
 /// All outputs of the interpreter by name.
-fn interpret(program: &torch::Program, feeds: &[(&str, &Tensor)]) -> Result<BTreeMap<String, ir::Tensor>> {
+fn interpret(program: &torch::Program, feeds: &[(&str, &TensorValue)]) -> Result<BTreeMap<String, ir::Tensor>> {
     let mut inputs = Vec::with_capacity(feeds.len());
     for (name, tensor) in feeds {
         inputs.push((program.value(name)?, torch::tensor_from_ir(name, &tensor.to_ir()?)?));

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
 use crate::bundle::{Bundle, ModelSource, Role};
 use crate::data::ImageSettings;
-use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionOptions, Step, Tensor};
+use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionOptions, Step, TensorValue};
 
 use super::probe::{noise_text, picture_prompt, token_ids};
 use super::run::LoadedModel;
@@ -317,8 +317,8 @@ impl Contestant {
         for _ in 0..options.new_tokens {
             let length = cache.length();
             let row = engine.embed(&[token], length as i64)?;
-            let step = Step::behind(&[&row], &[vec![1; length]], true)?;
-            let (logits, longer): (Tensor, KvCache) = engine.decoder().step(&step, Some(cache))?;
+            let step = Step::decode(&[&row], &[vec![1; length]], true)?;
+            let (logits, longer): (TensorValue, KvCache) = engine.decoder().step(&step, Some(cache))?;
             token = likeliest(&logits)?;
             cache = longer;
         }
@@ -373,7 +373,7 @@ fn made_up_prompt(engine: &mut Engine, count: usize) -> Result<Embedded> {
 }
 
 /// The most probable token at the last position.
-fn likeliest(logits: &Tensor) -> Result<i64> {
+fn likeliest(logits: &TensorValue) -> Result<i64> {
     crate::runtime::argmax_last(logits, 1)?.first().copied().ok_or_else(|| Error::invalid("logits", "are empty"))
 }
 

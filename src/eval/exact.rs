@@ -3,7 +3,7 @@
 use crate::base::Result;
 use crate::ir::{self, DataType, Model};
 use crate::rewrite::widened;
-use crate::runtime::{Optimisation, Session, SessionOptions, Tensor};
+use crate::runtime::{Optimisation, Session, SessionOptions, TensorValue};
 
 /// `accuracy_level` of `MatMulNBits` for products in f32, as in the interpreter. The default, 0, also means f32.
 const F32_ACCURACY_LEVEL: i64 = 1;
@@ -39,14 +39,14 @@ pub fn unit_roundoff(model: &Model) -> Option<f64> {
 }
 
 /// The tensors converted to the session's declared types, for floats only.
-pub fn in_types_of(session: &Session, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+pub fn in_types_of(session: &Session, feeds: &[(String, TensorValue)]) -> Result<Vec<(String, TensorValue)>> {
     let mut converted = Vec::with_capacity(feeds.len());
     for (name, tensor) in feeds {
         let wanted = session.input(name).map_or(tensor.dtype()?, |port| port.dtype);
         let tensor = if tensor.dtype()?.is_float() && wanted.is_float() {
-            Tensor::from_f32(wanted, &tensor.shape(), tensor.to_f32()?.into_owned())?
+            TensorValue::from_f32(wanted, &tensor.shape(), tensor.to_f32()?.into_owned())?
         } else {
-            Tensor::from_ir(&tensor.to_ir()?)?
+            TensorValue::from_ir(&tensor.to_ir()?)?
         };
         converted.push((name.clone(), tensor));
     }

@@ -54,13 +54,19 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
         return;
     }
     let heads = config.num_key_value_heads.or(config.num_attention_heads);
-    among(&named("num_key_value_heads"), heads, &config.other_key_value_heads, sizes(1), checks);
-    among(&named("head_dim"), config.head_size(), &config.other_head_dims, sizes(3), checks);
+    check_size_of(&named("num_key_value_heads"), heads, &config.other_key_value_heads, sizes(1), checks);
+    check_size_of(&named("head_dim"), config.head_size(), &config.other_head_dims, sizes(3), checks);
 }
 
 /// A size that a config states for all layers, with the sizes that it states for keys, values
 /// or layers of another kind.
-fn among(subject: &str, figure: Option<usize>, others: &[usize], found: Option<BTreeSet<usize>>, checks: &mut Checks) {
+fn check_size_of(
+    subject: &str,
+    figure: Option<usize>,
+    others: &[usize],
+    found: Option<BTreeSet<usize>>,
+    checks: &mut Checks,
+) {
     match (figure, found.as_ref().map(BTreeSet::len), &found) {
         (Some(figure), Some(2..), Some(found)) => {
             let list = found.iter().map(usize::to_string).collect::<Vec<_>>().join(" and ");
@@ -160,7 +166,7 @@ mod tests {
     fn layers_of_two_kinds_may_have_two_head_sizes() {
         let check = |figure: usize, others: &[usize], found: &[usize]| {
             let mut checks = Checks(Vec::new());
-            among("head_dim", Some(figure), others, Some(found.iter().copied().collect()), &mut checks);
+            check_size_of("head_dim", Some(figure), others, Some(found.iter().copied().collect()), &mut checks);
             checks.0[0].status
         };
         assert_eq!(check(64, &[], &[64]), CheckStatus::Passed);

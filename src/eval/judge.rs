@@ -122,21 +122,21 @@ pub(super) fn anls(reference: &Reference, prediction: &str) -> f64 {
 
 /// 1 if prediction and answer are both yes or both no.
 pub(super) fn yes_no(reference: &Reference, prediction: &str) -> f64 {
-    hit(says_yes(prediction).is_some_and(|yes| says_yes(&reference.answer) == Some(yes)))
+    hit(read_yes_no(prediction).is_some_and(|yes| read_yes_no(&reference.answer) == Some(yes)))
 }
 
 /// As [`yes_no`], for benchmarks whose answers are spelled `Yes` and `No`.
 pub(super) fn yes_no_as_written(reference: &Reference, prediction: &str) -> f64 {
-    hit(says_yes(prediction).is_some_and(|yes| reference.answer == if yes { "Yes" } else { "No" }))
+    hit(read_yes_no(prediction).is_some_and(|yes| reference.answer == if yes { "Yes" } else { "No" }))
 }
 
 /// As [`yes_no`], with answers `yes` and `no` in any case.
 pub(super) fn yes_no_any_case(reference: &Reference, prediction: &str) -> f64 {
-    hit(says_yes(prediction).is_some_and(|yes| text::lower(&reference.answer) == if yes { "yes" } else { "no" }))
+    hit(read_yes_no(prediction).is_some_and(|yes| text::lower(&reference.answer) == if yes { "yes" } else { "no" }))
 }
 
 /// True for yes, false for no; `None` when the text contains neither or both.
-pub fn says_yes(text: &str) -> Option<bool> {
+pub fn read_yes_no(text: &str) -> Option<bool> {
     let text = strip_punctuation(&text::lower(text));
     let has = |wanted: &str| text::words(&text).any(|word| word == wanted);
     match (has("yes"), has("no")) {

@@ -19,7 +19,7 @@ pub struct Judged {
     /// The right answer is yes.
     pub truth: bool,
     /// The prediction contains yes and does not contain no.
-    pub said: bool,
+    pub answered_yes: bool,
     /// The judge's reply could not be parsed, so the answer is left out of all scores.
     pub unjudged: bool,
 }
@@ -333,10 +333,11 @@ impl YesNo {
     fn of(rows: &[Judged]) -> Self {
         let count = |test: fn(&Judged) -> bool| rows.iter().filter(|row| test(row)).count();
         let share = |part: usize, whole: usize| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-        let (both, said, truth) = (count(|row| row.truth && row.said), count(|row| row.said), count(|row| row.truth));
-        let (precision, recall) = (share(both, said), share(both, truth));
+        let (both, positive) = (count(|row| row.truth && row.answered_yes), count(|row| row.answered_yes));
+        let truth = count(|row| row.truth);
+        let (precision, recall) = (share(both, positive), share(both, truth));
         let f1 = if precision + recall == 0.0 { 0.0 } else { 2.0 * precision * recall / (precision + recall) };
-        YesNo { precision, recall, f1, yes_ratio: share(said, rows.len()) }
+        YesNo { precision, recall, f1, yes_ratio: share(positive, rows.len()) }
     }
 }
 

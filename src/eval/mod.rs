@@ -26,15 +26,15 @@ pub use bench::{
 };
 pub use chat::{ChatQuestion, JUDGE_KEY, Judge};
 pub use checks::{Check, CheckStatus, VerifyReport};
-pub use judge::{Reference, says_yes};
+pub use judge::{Reference, read_yes_no};
 pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of, needs_judge};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
 pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of, right_answer};
 pub use report::{
     Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, Likelihood, ModelScores, QuestionLikelihood, Retention,
 };
-pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, evaluate_among, judge_predictions};
+pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, evaluate_with_peers, judge_predictions};
 pub use stage_times::{StageOptions, StageTimes, stage_times};
-pub use stats::{Compared, Difference, Interval, RESAMPLES, Spread, kept_likelihood};
+pub use stats::{Difference, Interval, PairedComparison, RESAMPLES, Spread, kept_likelihood};
 pub use summary::{compare, compare_over};
 pub use verify::{verify, verify_on};

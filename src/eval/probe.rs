@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::base::{Error, Result};
-use crate::data::{ImageBytes, Part, Processor};
+use crate::data::{ImageBytes, MessagePart, Processor};
 use crate::prompt::{
     Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, ImageArrays, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK,
     PIXEL_POSITION_IDS, PIXEL_VALUES, Prompt, SPATIAL_SHAPES, TARGET_SIZES,
@@ -53,7 +53,7 @@ pub fn noise_text(decoder: &Decoder, ids: &[i64], first: i64) -> Result<Embedded
 /// Errors: as `Processor::encode_question`.
 pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
     let image = ImageBytes::held("the made-up picture", noise_bitmap(PICTURE_SIDE, PICTURE_SIDE));
-    let parts = [Part::Image(0), Part::Text("What is in the image?".into())];
+    let parts = [MessagePart::Image(0), MessagePart::Text("What is in the image?".into())];
     Ok(processor.encode_question("the made-up question", &parts, &[image])?.into_prompt())
 }
 

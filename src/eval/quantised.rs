@@ -8,8 +8,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::base::Result;
-use crate::ir::{DataType, Model, Tensor as Weights};
-use crate::runtime::{Decoder, Runtime, Session, Tensor};
+use crate::ir::{DataType, Model, Tensor};
+use crate::runtime::{Decoder, Runtime, Session, TensorValue};
 
 use super::agreement::{Probe, decoder_outputs, outputs_apart, session_outputs};
 use super::exact::{EXACT, find_node};
@@ -62,7 +62,7 @@ pub fn spread_of_decoder(
 pub fn spread_of_session(
     model: &Model,
     session: &mut Session,
-    feeds: &[(String, Tensor)],
+    feeds: &[(String, TensorValue)],
     runtime: &Runtime,
 ) -> Result<f64> {
     let floats = feeds.iter().any(|(_, tensor)| tensor.dtype().is_ok_and(DataType::is_float));
@@ -80,15 +80,15 @@ pub fn spread_of_session(
     Ok(largest)
 }
 
-fn changed_feeds(feeds: &[(String, Tensor)], seed: u64) -> Result<Vec<(String, Tensor)>> {
+fn changed_feeds(feeds: &[(String, TensorValue)], seed: u64) -> Result<Vec<(String, TensorValue)>> {
     let changed = feeds.iter().map(|(name, tensor)| {
         let dtype = tensor.dtype()?;
         if !dtype.is_float() {
-            return Ok((name.clone(), Tensor::from_ir(&tensor.to_ir()?)?));
+            return Ok((name.clone(), TensorValue::from_ir(&tensor.to_ir()?)?));
         }
         let mut data = tensor.to_f32()?.into_owned();
         change(&mut data, seed);
-        Ok((name.clone(), Tensor::from_f32(dtype, &tensor.shape(), data)?))
+        Ok((name.clone(), TensorValue::from_f32(dtype, &tensor.shape(), data)?))
     });
     changed.collect()
 }
@@ -106,7 +106,7 @@ fn changed_weights(model: &Model, seed: u64) -> Model {
             let (words, _) = tensor.bytes().as_chunks::<4>();
             let mut data: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
             change(&mut data, seed.wrapping_mul(0x9e37_79b9).wrapping_add(number as u64));
-            *tensor = Weights::from_f32(&tensor.dims.clone(), &data);
+            *tensor = Tensor::from_f32(&tensor.dims.clone(), &data);
         }
     }
     changed
@@ -146,7 +146,7 @@ mod tests {
         let runtime = Runtime::new(Device::Cpu).unwrap();
         let mut session = runtime.session_of(&model, &EXACT).unwrap();
         let mut spread = |values: [f32; 3]| {
-            let feeds = [("x".to_string(), Tensor::from_f32(DataType::Float, &[3], values.to_vec()).unwrap())];
+            let feeds = [("x".to_string(), TensorValue::from_f32(DataType::Float, &[3], values.to_vec()).unwrap())];
             spread_of_session(&model, &mut session, &feeds, &runtime).unwrap()
         };
         // One step is 1.

@@ -9,12 +9,12 @@ use crate::base::{
     Cancel, Error, Peers, Progress, Result, Stopwatch, gathered, is_first, is_own, prepared_ahead, thread_count,
 };
 use crate::bundle::ModelSource;
-use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
+use crate::data::{BenchRow, Benchmark, ImageSettings, MessagePart, Processor};
 use crate::prompt::Prompt;
 use crate::runtime::{FeatureCache, Profile, Runtime, SessionOptions, VlmSession};
 
 use super::chat::{ChatQuestion, Judge};
-use super::judge::{Reference, says_yes};
+use super::judge::{Reference, read_yes_no};
 use super::metrics::{CIRCULAR, Metric, metric_for, needs_judge, rotation_of};
 use super::mia::{grading_question, read_grades};
 use super::prompt::{PromptStyle, question_text, reference_of};
@@ -108,14 +108,14 @@ pub fn evaluate(
     options: &EvalOptions,
     cancel: &Cancel,
 ) -> Result<ModelScores> {
-    evaluate_among(None, model, benchmark, name, options, cancel)
+    evaluate_with_peers(None, model, benchmark, name, options, cancel)
 }
 
 /// [`evaluate`] by several processes, each on its part of the questions. Which questions are answered in one batch does not
 /// depend on how many there are, and all have the same scores then; only the first one asks a judge.
 ///
 /// Errors: as `evaluate` and `Peers::of_all`.
-pub fn evaluate_among(
+pub fn evaluate_with_peers(
     peers: Option<&dyn Peers>,
     model: &mut LoadedModel,
     benchmark: &Benchmark,
@@ -319,7 +319,7 @@ fn score_answers(
             },
             unjudged: total == Some(None),
             reply,
-            truth: says_yes(&reference.answer),
+            truth: read_yes_no(&reference.answer),
             unit: (metric.unit)(reference),
             stratum: (metric.stratum)(reference),
             prediction,
@@ -361,8 +361,8 @@ fn prepare(
     (number, row): (usize, &&BenchRow),
 ) -> Result<Prepared> {
     let images = benchmark.images(row)?;
-    let mut parts: Vec<Part> = (0..images.len()).map(Part::Image).collect();
-    parts.push(Part::Text(question_text(benchmark, name, row, style)?));
+    let mut parts: Vec<MessagePart> = (0..images.len()).map(MessagePart::Image).collect();
+    parts.push(MessagePart::Text(question_text(benchmark, name, row, style)?));
     let encoded = processor.encode_question(&format!("row `{}` of benchmark `{name}`", row.index), &parts, &images)?;
     Ok(Prepared { number, prompt: encoded.into_prompt() })
 }

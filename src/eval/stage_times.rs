@@ -103,7 +103,7 @@ impl Contestant {
         let mut position = embedded.next_position;
         for _ in 0..new_tokens {
             let row = session.embed_text(&[token], position)?;
-            let step = Step::behind(&[&row], &[vec![1; cache.length()]], true)?;
+            let step = Step::decode(&[&row], &[vec![1; cache.length()]], true)?;
             let (logits, longer) = session.decoder_mut().step(&step, Some(cache))?;
             (token, cache) = (likeliest(&logits)?, longer);
             position += 1;
@@ -124,7 +124,7 @@ impl Contestant {
 }
 
 /// The most probable token at the last position.
-fn likeliest(logits: &crate::runtime::Tensor) -> Result<i64> {
+fn likeliest(logits: &crate::runtime::TensorValue) -> Result<i64> {
     argmax_last(logits, 1)?.first().copied().ok_or_else(|| Error::invalid("logits", "are empty"))
 }
 

@@ -35,7 +35,7 @@ pub struct Difference {
 
 /// Two models' scores on the same questions: their ratio, where the baseline scores anything, and their difference.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Compared {
+pub struct PairedComparison {
     /// Model over baseline; absent where the baseline scores nothing.
     pub ratio: Option<Interval>,
     /// Model less baseline.
@@ -69,13 +69,13 @@ impl Stratum {
 ///
 /// `None` when there is no stratum or one is empty.
 /// Source of the intervals: Efron & Tibshirani 1993, percentile method.
-pub fn compared(strata: &[Stratum], seed: u64) -> Option<Compared> {
+pub fn compared(strata: &[Stratum], seed: u64) -> Option<PairedComparison> {
     compared_over(&[strata], seed)
 }
 
 /// [`compared`] for models that were made several times, from other random seeds: ratio and difference are means over
 /// these runs, and every draw takes the same questions from all of them.
-pub fn compared_over(runs: &[&[Stratum]], seed: u64) -> Option<Compared> {
+pub fn compared_over(runs: &[&[Stratum]], seed: u64) -> Option<PairedComparison> {
     let draws: Vec<Draws> = runs.iter().map(|strata| Draws::of(strata, seed)).collect::<Option<_>>()?;
     let mean = |values: &dyn Fn(&Draws) -> Option<f64>| -> Option<f64> {
         let values: Vec<f64> = draws.iter().map(values).collect::<Option<_>>()?;
@@ -91,7 +91,7 @@ pub fn compared_over(runs: &[&[Stratum]], seed: u64) -> Option<Compared> {
         let (low, high) = ends(ratios.collect());
         Interval { ratio, low, high }
     });
-    Some(Compared { ratio, difference })
+    Some(PairedComparison { ratio, difference })
 }
 
 /// Mean scores over strata of model and baseline: of all units, and of each draw.
@@ -218,7 +218,7 @@ mod tests {
         let pairs = (0..50).map(|i| (f64::from(i % 2), f64::from(i % 2)));
         let difference = Difference { difference: 0.0, low: 0.0, high: 0.0 };
         let ratio = Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 });
-        assert_eq!(compared(&[stratum(pairs)], 7), Some(Compared { ratio, difference }));
+        assert_eq!(compared(&[stratum(pairs)], 7), Some(PairedComparison { ratio, difference }));
     }
 
     #[test]

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::base::{Error, Result};
 
-use super::judge::says_yes;
+use super::judge::read_yes_no;
 use super::metrics::{JUDGED, Judged, Metric, mean_score, metric_named, metric_of};
 use super::mia::read_grades;
 use super::report::{Answer, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
-use super::stats::{Compared, RESAMPLES, Stratum, compared, compared_over};
+use super::stats::{PairedComparison, RESAMPLES, Stratum, compared, compared_over};
 
 /// The group of questions without a category.
 pub(super) const NO_GROUP: &str = "all";
@@ -19,7 +19,7 @@ pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, 
     let groups: Vec<Option<&str>> = answers.iter().map(|answer| Some(answer.group.as_str())).collect();
     let groups = groups_by(&answers, &groups);
     let mean_of_groups = mean(groups.iter().map(|group| group.score));
-    let all: Vec<&Answer> = exploded(&answers).collect();
+    let all: Vec<&Answer> = once_per_group(&answers).collect();
     let rows = judged(&all);
     ModelScores {
         model,
@@ -120,7 +120,7 @@ fn of_group<'a>(pairs: &[(&'a Answer, &'a Answer)], name: &str) -> Vec<(&'a Answ
 /// there is nothing to compare.
 ///
 /// Errors: `Error::Invalid` when a model and its baseline did not answer the same questions.
-pub fn compare_over(runs: &[(&ModelScores, &ModelScores)], seed: u64) -> Result<Option<Compared>> {
+pub fn compare_over(runs: &[(&ModelScores, &ModelScores)], seed: u64) -> Result<Option<PairedComparison>> {
     runs.iter().try_for_each(|(model, baseline)| check_same(model, baseline))?;
     let strata: Vec<Vec<Stratum>> = runs.iter().map(|(model, baseline)| headline(model, baseline)).collect();
     let strata: Vec<&[Stratum]> = strata.iter().map(Vec::as_slice).collect();
@@ -151,7 +151,7 @@ pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result
         None => of_groups,
     };
     let of_questions = compared(&[Stratum { score: mean_score, ..all }], seed);
-    let ratio = |found: Option<Compared>| found.and_then(|found| found.ratio);
+    let ratio = |found: Option<PairedComparison>| found.and_then(|found| found.ratio);
     Ok(Retention {
         groups,
         score: ratio(score),
@@ -165,7 +165,7 @@ pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result
 }
 
 /// The answers, each repeated once per group.
-fn exploded(answers: &[Answer]) -> impl Iterator<Item = &Answer> {
+fn once_per_group(answers: &[Answer]) -> impl Iterator<Item = &Answer> {
     answers.iter().flat_map(|answer| answer.groups().map(move |_| answer))
 }
 
@@ -198,7 +198,7 @@ fn judged(answers: &[&Answer]) -> Vec<Judged> {
             unit: answer.unit.as_deref().map_or(number, |name| *units.entry(name).or_insert(named)),
             stratum: answer.stratum.as_deref().map_or(usize::MAX, |name| *strata.entry(name).or_insert(next)),
             truth: answer.truth == Some(true),
-            said: says_yes(&answer.prediction) == Some(true),
+            answered_yes: read_yes_no(&answer.prediction) == Some(true),
             unjudged: answer.unjudged,
         });
     }

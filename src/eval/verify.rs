@@ -9,8 +9,8 @@ use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSourc
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
-    Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TokenEmbedding, TokenTypes,
-    TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check,
+    Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
+    TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check,
 };
 use crate::{onnx, torch};
 
@@ -25,7 +25,7 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js"];
+const LOADED_TARGETS: &[&str] = &["transformers-js", "genai", "openvino", "tract"];
 /// Largest component for tract, in bytes: tract holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step differs from a longer prefill.
@@ -116,7 +116,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
             let problem = format!("array `{}` is of {}, the input of {}", port.name, array.dtype, port.dtype);
             return Err(Error::invalid(subject(), problem).remedy("convert the array to the input's type"));
         }
-        feeds.push((port.name.clone(), Tensor::from_ir(&array)?));
+        feeds.push((port.name.clone(), TensorValue::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
         let problem = format!("array `{name}` is not an input of `{}`", path.display());
@@ -187,7 +187,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
 /// The vision encoder's inputs for a picture: from the model's own processor if possible, otherwise synthetic.
 ///
 /// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
-fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, Tensor)>)> {
+fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, TensorValue)>)> {
     let encoder = VisionEncoder::new(session, Sha256Digest::new(), FeatureCache::new(0))?;
     let made = noise_picture(encoder.session().subject(), encoder.inputs()).and_then(|made| encoder.feeds(&[&made]));
     let feeds = match made {
@@ -322,7 +322,7 @@ fn interpreter(
     part: &Component,
     model: &Model,
     session: &mut Session,
-    feeds: &[(String, Tensor)],
+    feeds: &[(String, TensorValue)],
     runtime: &Runtime,
     checks: &mut Checks,
 ) {
@@ -356,7 +356,7 @@ fn compared_with(in_f32: bool) -> &'static str {
     }
 }
 
-fn facts_of(feeds: &[(String, Tensor)]) -> Result<Vec<InputFact>> {
+fn facts_of(feeds: &[(String, TensorValue)]) -> Result<Vec<InputFact>> {
     feeds
         .iter()
         .map(|(name, tensor)| Ok(InputFact { name: name.clone(), dtype: tensor.dtype()?, shape: tensor.shape() }))

@@ -125,6 +125,8 @@ mod tests {
             dropped_original: original.to_vec(),
             deepstack: None,
             compensated: Vec::new(),
+            bridged: Vec::new(),
+            mlps: Vec::new(),
             taps: Vec::new(),
         };
         let train = RecordedStep::Finetune { layers: vec![1, 2], samples: 4, settings: serde_json::Value::Null };

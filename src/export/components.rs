@@ -5,8 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file};
-use crate::bundle::{Asset, Bundle, Component, Variants};
+use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Variants, is_card};
 use crate::ir::{DataType, Model};
+use crate::rewrite::{raise_opset, standard_operators};
+
+use super::record::ExportSettings;
 
 /// One component per role and stem, in the requested variants or, without a request, the most precise one.
 ///
@@ -24,6 +27,29 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
         chosen.extend(variants.choose(&all)?);
     }
     Ok(chosen)
+}
+
+/// Writes a graph in the form that the settings ask for: with standard operators, in a later operator set, in an earlier
+/// IR version.
+///
+/// Errors: `Error::Unsupported` naming what the form lacks.
+pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) -> Result<()> {
+    if settings.standard_ops {
+        *model = standard_operators(model)?;
+    }
+    if let Some(opset) = settings.opset {
+        *model = raise_opset(model, opset)?;
+    }
+    if let Some(version) = settings.max_ir_version {
+        cap_ir_version(name, model, version)?;
+    }
+    Ok(())
+}
+
+/// True for a file of the bundle that a model folder for another consumer keeps. The export has a card of its own.
+pub(super) fn is_carried(asset: &Asset) -> bool {
+    let kinds = [AssetKind::Config, AssetKind::Tokenizer, AssetKind::Documentation];
+    (kinds.contains(&asset.kind) || asset.file == RECORD_FILE) && !is_card(&asset.file)
 }
 
 /// Lowers a model's IR version to at most `version`.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::base::{Cancel, Error, Result, list_preview, sha256_large_file};
 use crate::bundle::{AssetKind, Bundle, Component, Deepstack, LayerEdit, RecordedStep, Tower, config_without_layers};
 use crate::checkpoint::{Checkpoint, NamedTensor, save};
-use crate::graft::{Extraction, Part, extract, load, stack_of};
+use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
 
 use super::components::write as write_text;
@@ -46,6 +46,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let config = config_without_layers(&path.join(CONFIG), &edits)?;
     check_deepstack(history.as_deref().unwrap_or_default(), &config)?;
     check_packed(&edits, &config)?;
+    check_blocks(history.as_deref().unwrap_or_default())?;
 
     let components = chosen(bundle);
     let current = load(components.iter().copied(), bundle, history.as_deref().unwrap_or_default())?;
@@ -56,8 +57,8 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         }
         None => None,
     };
-    let current: Vec<Part> = current.iter().map(|loaded| loaded.part()).collect();
-    let reference: Option<Vec<Part>> =
+    let current: Vec<ModelPart> = current.iter().map(|loaded| loaded.part()).collect();
+    let reference: Option<Vec<ModelPart>> =
         reference.as_ref().map(|loaded| loaded.iter().map(|loaded| loaded.part()).collect());
     check_untrained(history.as_deref(), dense.is_some())?;
     let taken = extract(reference.as_ref().unwrap_or(&current), &current, &base, &Cancel::default())?;
@@ -158,6 +159,25 @@ fn check_packed(edits: &[LayerEdit], config: &str) -> Result<()> {
         "the checkpoint has tensors with a part for every layer, from which none can be taken out here",
     )
     .remedy("export the model with all layers of the language model"))
+}
+
+/// The network of transformers has an MLP in every layer, and nothing behind its layers.
+fn check_blocks(history: &[RecordedStep]) -> Result<()> {
+    for step in history {
+        let RecordedStep::Prune { bridged, mlps, .. } = step else { continue };
+        if let Some(layer) = mlps.first() {
+            let problem = format!("layer {layer} lost its MLP alone; transformers' network has one in every layer");
+            return Err(Error::unsupported("the pruned graph", problem).remedy("drop whole layers"));
+        }
+        if let Some(layer) = bridged.first() {
+            let problem = format!(
+                "nodes were added behind layer {layer} that make up for dropped layers; transformers' network has none there"
+            );
+            return Err(Error::unsupported("the pruned graph", problem)
+                .remedy("prune with `--compensate linear`, which changes weights alone, or without a compensation"));
+        }
+    }
+    Ok(())
 }
 
 /// transformers adds the features of DeepStack behind the first layers that there are, one behind each.
@@ -318,6 +338,8 @@ mod tests {
             deepstack: None,
             taps: Vec::new(),
             compensated,
+            bridged: Vec::new(),
+            mlps: Vec::new(),
         };
         assert!(check_untrained(Some(&[prune(Vec::new())]), false).is_ok());
         assert!(check_untrained(Some(&[prune(vec![1])]), false).unwrap_err().to_string().contains("was trained"));

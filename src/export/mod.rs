@@ -2,9 +2,14 @@
 
 mod card;
 mod components;
+mod configs;
+mod genai;
 mod generate;
 mod hugging_face;
 mod manifest;
+mod nodes;
+mod plain;
+mod precision;
 mod record;
 pub mod transformers_js;
 pub mod triton;
@@ -14,6 +19,10 @@ use std::path::Path;
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 
+pub use precision::{
+    Calibration, KeptOperators, KeptTensor, PRECISIONS, Precision, PrecisionReport, PrecisionRequest,
+    PrecisionSettings, QuantisedComponent, QuantisedTensor, export_variants, precision_named, write_variants,
+};
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
@@ -26,10 +35,44 @@ type Setting = (&'static str, fn(&ExportSettings) -> bool);
 const MAX_BATCH_SIZE: Setting = ("--max-batch-size", |settings| settings.max_batch_size.is_some());
 const VARIANT: Setting = ("--variant", |settings| settings.variant.is_some());
 const MAX_IR_VERSION: Setting = ("--max-ir-version", |settings| settings.max_ir_version.is_some());
+const STANDARD_OPS: Setting = ("--standard-ops", |settings| settings.standard_ops);
+const OPSET: Setting = ("--opset", |settings| settings.opset.is_some());
 const BASE: Setting = ("--base", |settings| settings.base.is_some());
 const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
 const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
-const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION, BASE, DENSE, SHARD_SIZE];
+const DYNAMIC_BATCHING: Setting = ("--dynamic-batching", |settings| settings.serving.batch_delay_us.is_some());
+const INSTANCES: Setting = ("--instances", |settings| settings.serving.instances.is_some());
+const INSTANCE_KIND: Setting = ("--instance-kind", |settings| settings.serving.instance_kind.is_some());
+const ACCELERATOR: Setting = ("--accelerator", |settings| settings.serving.accelerator.is_some());
+const VERSIONS: Setting = ("--versions", |settings| settings.serving.versions.is_some());
+const WARM_UP: Setting = ("--warm-up", |settings| settings.serving.warm_up);
+const SETTINGS: &[Setting] = &[
+    MAX_BATCH_SIZE,
+    VARIANT,
+    MAX_IR_VERSION,
+    STANDARD_OPS,
+    OPSET,
+    BASE,
+    DENSE,
+    SHARD_SIZE,
+    DYNAMIC_BATCHING,
+    INSTANCES,
+    INSTANCE_KIND,
+    ACCELERATOR,
+    VERSIONS,
+    WARM_UP,
+];
+
+/// Those of every target that writes graphs.
+const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET];
+
+impl ExportSettings {
+    /// The flag of a setting that is set and that targets read.
+    pub fn first_set(&self) -> Option<&'static str> {
+        let reports: Setting = ("--report", |settings| !settings.reports.is_empty());
+        SETTINGS.iter().chain([&reports]).find(|(_, is_set)| is_set(self)).map(|(name, _)| *name)
+    }
+}
 
 /// A layout that `export` writes.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +85,8 @@ pub struct ExportTarget {
     pub consumer: &'static str,
     /// `library_name` in the model card: the library that loads it.
     library: &'static str,
+    /// True when it has room for a component in several precisions.
+    writes_variants: bool,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -59,10 +104,23 @@ impl ExportTarget {
 pub const TARGETS: &[ExportTarget] = &[
     ExportTarget {
         name: "triton",
-        summary: "A model repository of Triton Inference Server, one model per component",
+        summary: "A model repository of Triton Inference Server: the components, and models that answer a request whole",
         consumer: "tritonserver 2.51",
         library: "onnx",
-        settings: &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION],
+        writes_variants: false,
+        settings: &[
+            MAX_BATCH_SIZE,
+            VARIANT,
+            MAX_IR_VERSION,
+            STANDARD_OPS,
+            OPSET,
+            DYNAMIC_BATCHING,
+            INSTANCES,
+            INSTANCE_KIND,
+            ACCELERATOR,
+            VERSIONS,
+            WARM_UP,
+        ],
         write: triton::write,
     },
     ExportTarget {
@@ -70,7 +128,8 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "A folder that transformers.js loads, in Node or a page",
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
-        settings: &[VARIANT, MAX_IR_VERSION],
+        writes_variants: true,
+        settings: GRAPHS,
         write: transformers_js::write,
     },
     ExportTarget {
@@ -78,14 +137,43 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "One ONNX graph from pictures and prompt to the ids of the answer",
         consumer: "onnxruntime 1.30",
         library: "onnx",
-        settings: &[VARIANT, MAX_IR_VERSION],
+        writes_variants: false,
+        settings: GRAPHS,
         write: generate::write,
+    },
+    ExportTarget {
+        name: "genai",
+        summary: "A folder that ONNX Runtime GenAI loads: decoder, vision encoder and embedding with genai_config.json",
+        consumer: "onnxruntime-genai 0.18",
+        library: "onnxruntime-genai",
+        writes_variants: false,
+        settings: GRAPHS,
+        write: genai::write,
+    },
+    ExportTarget {
+        name: "openvino",
+        summary: "The components under their own names, for OpenVINO",
+        consumer: "openvino 2026.4",
+        library: "openvino",
+        writes_variants: false,
+        settings: GRAPHS,
+        write: plain::openvino,
+    },
+    ExportTarget {
+        name: "tract",
+        summary: "The same for tract: standard operators, and no free sizes noted on inner values",
+        consumer: "tract 0.23",
+        library: "tract",
+        writes_variants: false,
+        settings: &[VARIANT, MAX_IR_VERSION, OPSET],
+        write: plain::tract,
     },
     ExportTarget {
         name: "safetensors",
         summary: "A Hugging Face checkpoint, for transformers and what reads its checkpoints; needs --base",
         consumer: "transformers 5.24",
         library: "transformers",
+        writes_variants: false,
         settings: &[BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
@@ -106,6 +194,19 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
 /// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
+    export_quantised(bundle, target, settings, folder, Vec::new())
+}
+
+/// [`export`] of a model of which these components were quantised before.
+///
+/// Errors: as there.
+fn export_quantised(
+    bundle: &Bundle,
+    target: &ExportTarget,
+    settings: &ExportSettings,
+    folder: &Path,
+    precision: Vec<QuantisedComponent>,
+) -> Result<Export> {
     if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
@@ -122,7 +223,7 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;
     files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
-    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights };
+    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;

@@ -11,6 +11,9 @@ use crate::bundle::{Component, Role};
 use crate::graft::Unmatched;
 use crate::ir::Model;
 
+use super::precision::QuantisedComponent;
+use super::triton::Serving;
+
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
 /// File name of the record.
@@ -29,6 +32,15 @@ pub struct ExportSettings {
     /// Writes files of a newer ONNX IR version as this one, for consumers that refuse newer ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_ir_version: Option<i64>,
+    /// Writes operators of ONNX Runtime's own domain as standard ones.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub standard_ops: bool,
+    /// Raises the default operator set to this version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub opset: Option<i64>,
+    /// How Triton runs the models.
+    #[serde(skip_serializing_if = "is_default")]
+    pub serving: Serving,
     /// Hugging Face checkpoint that the graphs were exported from. The record has its digest, not its path.
     #[serde(skip)]
     pub base: Option<PathBuf>,
@@ -41,6 +53,10 @@ pub struct ExportSettings {
     /// Largest size of a weight file in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shard_bytes: Option<u64>,
+}
+
+fn is_default(serving: &Serving) -> bool {
+    *serving == Serving::default()
 }
 
 /// `interlace-export.json`: what an export was made from and what is in it.
@@ -61,6 +77,9 @@ pub struct Export {
     /// Where the tensors of a written checkpoint come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<CheckpointWeights>,
+    /// Components that were quantised for this export.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub precision: Vec<QuantisedComponent>,
 }
 
 /// Where the weights of a written checkpoint come from.

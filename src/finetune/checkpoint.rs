@@ -21,7 +21,7 @@ const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-", "window"
 
 /// State of a run at a checkpoint. The order of samples and the learning rate follow from the step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub struct CheckpointState {
     pub schema_version: u32,
     /// Optimiser steps done.
     pub step: u64,
@@ -33,10 +33,10 @@ pub struct State {
     pub totals: Totals,
 }
 
-impl State {
+impl CheckpointState {
     /// The state at `step`, with the current schema version.
     pub fn new(step: u64, total_steps: u64, inputs: BTreeMap<String, Sha256Digest>, totals: Totals) -> Self {
-        State { schema_version: SCHEMA_VERSION, step, total_steps, inputs, totals }
+        CheckpointState { schema_version: SCHEMA_VERSION, step, total_steps, inputs, totals }
     }
 }
 
@@ -59,7 +59,7 @@ impl Checkpoints {
     /// Writes a checkpoint, then removes the earlier ones. Returns the checkpoint's folder.
     ///
     /// Errors: `Error::Io`, `Error::Engine`. Earlier checkpoints remain when the write fails.
-    pub fn save(&self, state: &State, tensors: Vec<(String, Tensor)>) -> Result<PathBuf> {
+    pub fn save(&self, state: &CheckpointState, tensors: Vec<(String, Tensor)>) -> Result<PathBuf> {
         let target = self.folder.join(format!("step-{:08}", state.step));
         if !self.writes {
             return Ok(target);
@@ -89,7 +89,7 @@ impl Checkpoints {
     /// State and folder of the newest checkpoint; None without one.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` when its state file is malformed.
-    pub fn latest(&self) -> Result<Option<(State, PathBuf)>> {
+    pub fn latest(&self) -> Result<Option<(CheckpointState, PathBuf)>> {
         match self.list()?.pop() {
             Some((_, folder)) => Ok(Some((read_json(&folder.join(STATE), SCHEMA_VERSION)?, folder))),
             None => Ok(None),
@@ -136,7 +136,7 @@ pub fn checkpoints(work: &Path, writes: bool) -> Result<Checkpoints> {
 /// Totals of the newest checkpoint in a work folder; None without one.
 ///
 /// Errors: as `Checkpoints::latest`.
-pub fn begun(work: &Path) -> Result<Option<Totals>> {
+pub fn newest_totals(work: &Path) -> Result<Option<Totals>> {
     let newest = checkpoints(work, false)?.latest()?;
     Ok(newest.map(|(state, _)| state.totals))
 }
@@ -173,7 +173,7 @@ pub fn clear_work(work: &Path) -> Result<()> {
 /// Removes a work folder that holds only caches, as before the first step. Any other folder is left unchanged.
 ///
 /// Errors: `Error::Io`.
-pub fn remove_unbegun(work: &Path) -> Result<()> {
+pub fn remove_cache_only_folder(work: &Path) -> Result<()> {
     for entry in fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
         let name = entry.map_err(|e| Error::io("read", work, e))?.file_name();
         if !CACHES.iter().any(|start| name.to_string_lossy().starts_with(start)) {
@@ -186,7 +186,7 @@ pub fn remove_unbegun(work: &Path) -> Result<()> {
 /// Checks that a checkpoint belongs to a run with these inputs.
 ///
 /// Errors: `Error::Invalid` with the names of the inputs that differ.
-pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sha256Digest>) -> Result<()> {
+pub fn check_same_run(state: &CheckpointState, folder: &Path, inputs: &BTreeMap<String, Sha256Digest>) -> Result<()> {
     let names: BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
     let differing: Vec<&String> =
         names.into_iter().filter(|name| state.inputs.get(*name) != inputs.get(*name)).collect();
@@ -235,10 +235,10 @@ fn unfit(path: &Path, problem: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finetune::optim::{OptimizerKind, Parameter};
+    use crate::finetune::optim::{OptimizedParameter, OptimizerKind};
 
-    fn parameters() -> Vec<Parameter> {
-        let parameter = Parameter::new(
+    fn parameters() -> Vec<OptimizedParameter> {
+        let parameter = OptimizedParameter::new(
             "/layers.3/w:0",
             Tensor::from_slice(&[0.1f32, -7.25, 3e-30]).view([3, 1]),
             OptimizerKind::AdamW,
@@ -254,12 +254,12 @@ mod tests {
         vec![parameter]
     }
 
-    fn tensors(parameters: &[Parameter]) -> Vec<(String, Tensor)> {
-        parameters.iter().flat_map(Parameter::tensors).collect()
+    fn tensors(parameters: &[OptimizedParameter]) -> Vec<(String, Tensor)> {
+        parameters.iter().flat_map(OptimizedParameter::tensors).collect()
     }
 
-    fn state(step: u64) -> State {
-        State::new(step, 10, BTreeMap::from([("data".to_string(), "ab".to_string())]), Totals::default())
+    fn state(step: u64) -> CheckpointState {
+        CheckpointState::new(step, 10, BTreeMap::from([("data".to_string(), "ab".to_string())]), Totals::default())
     }
 
     fn bits(tensor: &Tensor) -> Vec<u32> {
@@ -287,8 +287,12 @@ mod tests {
         assert_eq!(found, state(12));
 
         let fresh = vec![
-            Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1]), OptimizerKind::AdamW)
-                .unwrap(),
+            OptimizedParameter::new(
+                "/layers.3/w:0",
+                Tensor::from_slice(&[0.0f32; 3]).view([3, 1]),
+                OptimizerKind::AdamW,
+            )
+            .unwrap(),
         ];
         restore(&path, tensors(&fresh)).unwrap();
         let (saved, restored) = (tensors(&saved), tensors(&fresh));
@@ -314,8 +318,12 @@ mod tests {
         let path = checkpoints.save(&state(1), tensors(&parameters())).unwrap();
         let with = |name: &str, count: i64| {
             vec![
-                Parameter::new(name, Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu)), OptimizerKind::AdamW)
-                    .unwrap(),
+                OptimizedParameter::new(
+                    name,
+                    Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu)),
+                    OptimizerKind::AdamW,
+                )
+                .unwrap(),
             ]
         };
         assert!(restore(&path, tensors(&with("other", 3))).unwrap_err().to_string().contains("holds no `value/other`"));

@@ -35,7 +35,7 @@ pub enum Denominator {
 
 /// Output of the dense model that a term reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Teacher {
+pub enum TeacherOutput {
     Nothing,
     /// The most probable tokens at the answer positions.
     Logits,
@@ -45,7 +45,7 @@ pub enum Teacher {
 
 /// Points of the residual stream that a term compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compared {
+pub enum ComparedPoints {
     /// After each finetuned layer, and after each frozen anchor when other terms run the whole network.
     TrainedAndAnchors,
     /// After every layer from the first finetuned one on.
@@ -68,7 +68,7 @@ pub enum Compute {
     /// From the logits at the answer positions.
     Answers(fn(&Answers) -> Result<Tensor>),
     /// From the student's and the dense model's residual stream at one point, `[M, D]` each.
-    Stream(Compared, fn(&Tensor, &Tensor) -> Result<Tensor>),
+    Stream(ComparedPoints, fn(&Tensor, &Tensor) -> Result<Tensor>),
 }
 
 /// One loss term.
@@ -82,7 +82,7 @@ pub struct LossRow {
     /// Tokens over which the loss is averaged.
     pub denominator: Denominator,
     /// Outputs of the dense model that the loss reads.
-    pub teacher: Teacher,
+    pub teacher: TeacherOutput,
     /// Sum of the loss over the tokens of a pass.
     pub compute: Compute,
 }
@@ -94,7 +94,7 @@ pub const LOSSES: &[LossRow] = &[
         name: "ce",
         summary: "cross-entropy of the answer tokens",
         denominator: Denominator::AnswerTokens,
-        teacher: Teacher::Nothing,
+        teacher: TeacherOutput::Nothing,
         compute: Compute::Answers(|answers| cross_entropy(answers.logits, answers.targets)),
     },
     LossRow {
@@ -103,7 +103,7 @@ pub const LOSSES: &[LossRow] = &[
         summary: "KL divergence from the dense model's distribution over answer tokens, at temperature `kd.temperature`, over \
                   its `kd.top_k` most probable tokens and one bucket for the rest",
         denominator: Denominator::AnswerTokens,
-        teacher: Teacher::Logits,
+        teacher: TeacherOutput::Logits,
         compute: Compute::Answers(|answers| {
             let top_k =
                 answers.top_k.ok_or_else(|| Error::invalid("loss `kd`", "has no answers of the dense model"))?;
@@ -116,16 +116,16 @@ pub const LOSSES: &[LossRow] = &[
         summary: "squared distance of the residual stream to the dense model's after each finetuned layer, divided by the \
                   squared length of the dense stream",
         denominator: Denominator::StreamTokens,
-        teacher: Teacher::Stream,
-        compute: Compute::Stream(Compared::TrainedAndAnchors, stream_distance),
+        teacher: TeacherOutput::Stream,
+        compute: Compute::Stream(ComparedPoints::TrainedAndAnchors, stream_distance),
     },
     LossRow {
         kind: LossKind::Hidden,
         name: "hidden",
         summary: "the same after every layer",
         denominator: Denominator::StreamTokens,
-        teacher: Teacher::Stream,
-        compute: Compute::Stream(Compared::All, stream_distance),
+        teacher: TeacherOutput::Stream,
+        compute: Compute::Stream(ComparedPoints::All, stream_distance),
     },
 ];
 
@@ -137,7 +137,7 @@ impl LossKind {
 
     /// True for a term that reads an output of the dense model.
     pub fn needs_teacher(self) -> bool {
-        self.row().teacher != Teacher::Nothing
+        self.row().teacher != TeacherOutput::Nothing
     }
 
     /// True for a term at the answer positions, which needs a run of the network up to the logits.

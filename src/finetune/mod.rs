@@ -17,13 +17,13 @@ mod student;
 mod train;
 
 pub use crate::data::LeftOut;
-pub use checkpoint::{clear_work, interrupted_at, remove_unbegun};
-pub use data::{Conversations, Sample, Source, Teacher};
+pub use checkpoint::{clear_work, interrupted_at, remove_cache_only_folder};
+pub use data::{Conversations, Source, Teacher, TrainingSample};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};
 pub use plan::{Limits, PlannedBytes, RunPlan};
 pub use record::{LayerFit, RateTrial, StepMetrics};
-pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher, plan_run};
+pub use run::{FinetunedModel, Report, Request, finetune, finetune_with_teacher, plan_run};
 pub use settings::{
     Auto, BatchSettings, DEFAULT_RECIPE, DataSettings, FitSettings, KdSettings, LearningRate, LoraLayers, LoraSettings,
     OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, WriteTrained,

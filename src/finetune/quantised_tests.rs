@@ -31,7 +31,7 @@ fn quantised(form: &str) -> Model {
     crate::onnx::load(&UNPACKED.get_or_init(unpack).path().join(format!("{form}.onnx"))).unwrap()
 }
 
-fn samples() -> Vec<Sample> {
+fn samples() -> Vec<TrainingSample> {
     Texts { vocabulary: VOCABULARY }.samples().unwrap().map(Result::unwrap).collect()
 }
 
@@ -45,12 +45,12 @@ fn table() -> Torch {
 }
 
 /// Targets of a sample's answers: the positions that predict them, and their ids.
-fn answers(sample: &Sample) -> (Vec<i64>, Vec<i64>) {
+fn answers(sample: &TrainingSample) -> (Vec<i64>, Vec<i64>) {
     let ids = &sample.prompt.input_ids;
     (1..ids.len()).filter(|&at| sample.answer_mask[at]).map(|at| (at as i64 - 1, ids[at])).unzip()
 }
 
-fn answer_count(samples: &[Sample]) -> f64 {
+fn answer_count(samples: &[TrainingSample]) -> f64 {
     samples.iter().map(|sample| answers(sample).0.len()).sum::<usize>() as f64
 }
 
@@ -62,7 +62,8 @@ fn filled(rows: i64, columns: i64) -> Torch {
 
 /// Mean cross-entropy of the script's three texts in the interpreter.
 fn interpreted_loss(program: &Program, table: &Torch) -> Torch {
-    let samples: Vec<Sample> = samples().into_iter().filter(|sample| [0, 6, 7].contains(&sample.number)).collect();
+    let samples: Vec<TrainingSample> =
+        samples().into_iter().filter(|sample| [0, 6, 7].contains(&sample.number)).collect();
     let total = samples.iter().map(|sample| {
         let ids = &sample.prompt.input_ids;
         let time = ids.len() as i64;
@@ -95,7 +96,7 @@ fn onnx_runtime_loss(model: &Model) -> f64 {
     let session = runtime.session_of(model, &SessionOptions::default()).unwrap();
     let mut decoder = Decoder::new(session, Some(40)).unwrap();
     let table = table();
-    let loss = |sample: &Sample| {
+    let loss = |sample: &TrainingSample| {
         let ids = &sample.prompt.input_ids;
         let rows = table.index_select(0, &Torch::from_slice(ids));
         let data = Vec::<f32>::try_from(rows.flatten(0, -1)).unwrap();

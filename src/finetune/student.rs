@@ -12,9 +12,9 @@ use crate::runtime::{Input, InputKind, Training};
 use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Cut, Suffix, inputs_of};
-use crate::finetune::data::Batch;
+use crate::finetune::data::TrainingBatch;
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::{Compared, Compute, LossKind};
+use crate::finetune::loss::{ComparedPoints, Compute, LossKind};
 use crate::finetune::settings::Precision;
 
 /// The decoder from the first trained layer to the logits.
@@ -38,7 +38,7 @@ pub struct Student {
 }
 
 /// Values other than the residual stream that the layers read, for one batch.
-pub struct Side(Vec<(ValueId, Tensor)>);
+pub struct SideTensors(Vec<(ValueId, Tensor)>);
 
 impl Student {
     /// Compiles the part of the graph that training runs.
@@ -114,8 +114,8 @@ impl Student {
     /// True when the term `kind` compares the residual stream at `point`.
     pub fn compares(&self, kind: LossKind, point: usize) -> bool {
         match kind.row().compute {
-            Compute::Stream(Compared::TrainedAndAnchors, _) => self.anchor_points.contains(&point),
-            Compute::Stream(Compared::All, _) => self.points.contains(&point),
+            Compute::Stream(ComparedPoints::TrainedAndAnchors, _) => self.anchor_points.contains(&point),
+            Compute::Stream(ComparedPoints::All, _) => self.points.contains(&point),
             Compute::Answers(_) => false,
         }
     }
@@ -139,7 +139,7 @@ impl Student {
 
     /// The layers to run when only `layer` is trained: up to the last compared point that is not after the next trained
     /// layer.
-    pub fn stretch(&self, layer: usize) -> Range<usize> {
+    pub fn layers_to_run(&self, layer: usize) -> Range<usize> {
         let next = (layer + 1..self.layers()).find(|&next| !self.layer_parameters(next).is_empty());
         let next = next.unwrap_or(self.layers());
         layer..self.points.iter().copied().filter(|&point| point <= next).max().unwrap_or(layer)
@@ -201,7 +201,7 @@ impl Student {
     /// Computes, once per batch, the values other than the residual stream that the layers read.
     ///
     /// Errors: `Error::Invalid` when an operator rejects its inputs.
-    pub fn side(&self, batch: &Batch) -> Result<Side> {
+    pub fn side(&self, batch: &TrainingBatch) -> Result<SideTensors> {
         let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
         for (id, input) in &self.inputs {
             given.push((*id, feed(input, batch, self.suffix.reads_tokens)?));
@@ -213,21 +213,27 @@ impl Student {
         }
         let values = tch::no_grad(|| self.program.run(&fed, &self.suffix.side))?;
         given.extend(self.suffix.side.iter().copied().zip(values));
-        Ok(Side(given))
+        Ok(SideTensors(given))
     }
 
     /// The residual stream after a layer, `[B, T, D]`, from the stream before it. The layer is counted from the first
     /// trained one.
     ///
     /// Errors: `Error::Invalid` when an operator rejects its inputs.
-    pub fn layer(&self, layer: usize, stream: &Tensor, side: &Side) -> Result<Tensor> {
+    pub fn layer(&self, layer: usize, stream: &Tensor, side: &SideTensors) -> Result<Tensor> {
         self.run(self.suffix.streams[layer], stream, self.suffix.streams[layer + 1], side)
     }
 
     /// As [`Student::layer`]; also returns `inner`, a value inside the layer.
     ///
     /// Errors: `Error::Invalid` when an operator rejects its inputs.
-    pub fn layer_with(&self, layer: usize, stream: &Tensor, side: &Side, inner: ValueId) -> Result<(Tensor, Tensor)> {
+    pub fn layer_with(
+        &self,
+        layer: usize,
+        stream: &Tensor,
+        side: &SideTensors,
+        inner: ValueId,
+    ) -> Result<(Tensor, Tensor)> {
         let (from, to) = (self.suffix.streams[layer], self.suffix.streams[layer + 1]);
         let [output, inner] = self.values(from, stream, [to, inner], side)?;
         Ok((output, inner))
@@ -236,16 +242,33 @@ impl Student {
     /// Logits `[N, V]` at the answer positions from the residual stream after the last layer.
     ///
     /// Errors: `Error::Unsupported` when the head's input does not have one row per token.
-    pub fn head(&self, stream: &Tensor, batch: &Batch, side: &Side) -> Result<Tensor> {
-        let last = self.suffix.streams[self.layers()];
-        let all = self.run(last, stream, self.suffix.head_input, side)?;
+    pub fn head(&self, stream: &Tensor, batch: &TrainingBatch, side: &SideTensors) -> Result<Tensor> {
+        self.answers(self.suffix.streams[self.layers()], stream, self.suffix.head_input, batch, side)
+    }
+
+    /// Logits `[N, V]` at the answer positions from the residual stream before the last layer. What that layer computes
+    /// for each position independently, usually its MLP, is computed at the answer positions only.
+    ///
+    /// Errors: `Error::Unsupported` when the layer does not keep one row per token.
+    pub fn last_layer_and_head(&self, stream: &Tensor, batch: &TrainingBatch, side: &SideTensors) -> Result<Tensor> {
+        self.answers(self.suffix.streams[self.layers() - 1], stream, self.suffix.rows_from, batch, side)
+    }
+
+    /// The logits `[N, V]` at the answer positions from the value `from` of all positions; from the value `at` on, only
+    /// these positions are computed.
+    fn answers(
+        &self,
+        from: ValueId,
+        value: &Tensor,
+        at: ValueId,
+        batch: &TrainingBatch,
+        side: &SideTensors,
+    ) -> Result<Tensor> {
+        let all = self.run(from, value, at, side)?;
         let size = all.size();
         let places: i64 = size.iter().rev().skip(1).product();
         if (batch.step.batch() * batch.step.time()) as i64 != places {
-            let problem = format!(
-                "`{}` has shape {size:?}, one row per token was expected",
-                self.program.name(self.suffix.head_input)
-            );
+            let problem = format!("`{}` has shape {size:?}, one row per token was expected", self.program.name(at));
             return Err(Error::unsupported("the decoder's head", problem));
         }
         let width = size.last().copied().unwrap_or(0);
@@ -253,16 +276,16 @@ impl Student {
             .f_reshape([places, width])
             .and_then(|all| all.f_index_select(0, &batch.answer_rows))
             .map_err(torch_error("the answer positions"))?;
-        if self.suffix.head_input == self.suffix.logits {
+        if at == self.suffix.logits {
             return Ok(answers);
         }
         let count = batch.answer_tokens as i64;
         let answers = answers.f_reshape([1, count, width]).map_err(torch_error("the answer positions"))?;
-        let logits = self.run(self.suffix.head_input, &answers, self.suffix.logits, side)?;
+        let logits = self.run(at, &answers, self.suffix.logits, side)?;
         logits.f_reshape([count, -1]).map_err(torch_error("the logits"))
     }
 
-    fn run(&self, from: ValueId, stream: &Tensor, to: ValueId, side: &Side) -> Result<Tensor> {
+    fn run(&self, from: ValueId, stream: &Tensor, to: ValueId, side: &SideTensors) -> Result<Tensor> {
         if from == to {
             return Ok(stream.shallow_clone());
         }
@@ -275,7 +298,7 @@ impl Student {
         from: ValueId,
         stream: &Tensor,
         wanted: [ValueId; N],
-        side: &Side,
+        side: &SideTensors,
     ) -> Result<[Tensor; N]> {
         let mut given = Vec::with_capacity(side.0.len() + 1);
         given.push((from, stream.shallow_clone()));
@@ -289,7 +312,7 @@ impl Student {
 }
 
 /// The tensor of one graph input.
-fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
+fn feed(input: &Input, batch: &TrainingBatch, reads_tokens: bool) -> Result<Tensor> {
     let failed = torch_error(format!("input `{}`", input.port.name));
     let kind = torch::kind_of(input.port.dtype).unwrap_or(Kind::Float);
     let device = batch.hidden.device();
@@ -311,7 +334,7 @@ fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
 }
 
 /// Zeros in place of token ids `[B, T]` or embeddings `[B, T, D]`. They take the memory of one element.
-fn shape_only(input: &Input, batch: &Batch, options: (Kind, Device)) -> Result<Tensor, tch::TchError> {
+fn shape_only(input: &Input, batch: &TrainingBatch, options: (Kind, Device)) -> Result<Tensor, tch::TchError> {
     let (rows, time) = (batch.step.batch() as i64, batch.step.time() as i64);
     if input.port.rank() < 3 {
         return Tensor::f_zeros([1i64, 1], options)?.f_expand([rows, time], false);

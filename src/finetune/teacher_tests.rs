@@ -71,7 +71,7 @@ impl Source for Counted {
         self.0.count()
     }
 
-    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.samples()
     }

@@ -36,12 +36,12 @@ impl Source for Texts {
         8
     }
 
-    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         Ok(Box::new((0..8i64).map(|i| {
             let length = 6 + i;
             let input_ids = (0..length).map(|t| (7 * i * i + 31 * t * t + 11 * t + 5 * i) % self.vocabulary).collect();
             let answer_mask = (0..length).map(|t| t >= length / 2).collect();
-            Ok(Sample {
+            Ok(TrainingSample {
                 id: format!("text {i}"),
                 number: i as u64,
                 prompt: Prompt { input_ids, ..Prompt::default() },
@@ -96,7 +96,7 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 struct Run {
-    outcome: Result<Outcome>,
+    outcome: Result<FinetunedModel>,
     steps: Vec<StepMetrics>,
 }
 
@@ -104,7 +104,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
     run_within(settings, layers, work, resume, stop_after, Limits::default())
 }
 
-fn run_with(settings: &Settings, layers: &[usize], work: &Path, limits: Limits) -> Outcome {
+fn run_with(settings: &Settings, layers: &[usize], work: &Path, limits: Limits) -> FinetunedModel {
     run_within(settings, layers, work, false, None, limits).outcome.unwrap()
 }
 

@@ -5,8 +5,8 @@ use crate::checkpoint::{Checkpoint, Tuned};
 use crate::ir::ValueId;
 
 use super::compose::composed;
-use super::part::{Part, weights_of};
-use super::table::{GraftTable, Plan, Target};
+use super::part::{ModelPart, weights_of};
+use super::table::{GraftPlan, GraftTable, Target};
 use super::values::{Values, rows_of};
 
 /// The new elements of every weight that changes, handed to `put` one by one with the number of its part.
@@ -14,7 +14,7 @@ use super::values::{Values, rows_of};
 /// Errors: those of `put`; `Error::Invalid` when a weight of the graph is not what was matched.
 pub fn apply(
     table: &GraftTable,
-    parts: &[Part],
+    parts: &[ModelPart],
     base: &Checkpoint,
     tuned: &Tuned,
     mut put: impl FnMut(usize, ValueId, Vec<u8>) -> Result<()>,
@@ -27,7 +27,7 @@ pub fn apply(
         if !weight.changed {
             continue;
         }
-        let Plan { part, target, found, places } = &weight.plan;
+        let GraftPlan { part, target, found, places } = &weight.plan;
         let body = &parts[*part].model.graph.body;
         match target {
             Target::Floats(id) => {

@@ -4,7 +4,7 @@ use crate::base::Result;
 use crate::checkpoint::from_floats;
 use crate::ir::Tensor;
 
-use super::index::Place;
+use super::index::RowPlace;
 use super::matching::Match;
 
 /// The bytes of a weight, with `values` for the elements of the checkpoint's tensors by number.
@@ -13,7 +13,7 @@ use super::matching::Match;
 pub fn composed(
     weight: &Tensor,
     found: &Match,
-    chosen: &[Place],
+    chosen: &[RowPlace],
     mut values: impl FnMut(usize) -> Result<std::rc::Rc<Vec<f32>>>,
 ) -> Result<Vec<u8>> {
     let mut rows = Vec::with_capacity(weight.bytes().len());

@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::base::Result;
 use crate::checkpoint::Checkpoint;
 
-use super::index::Place;
-use super::matching::{Match, Piece};
+use super::index::RowPlace;
+use super::matching::{Match, WeightPiece};
 
 /// Ranges of elements by tensor.
 pub struct Covered {
@@ -27,8 +27,8 @@ impl Covered {
     pub fn add(
         &mut self,
         found: &Match,
-        places: &[Place],
-        mut same: impl FnMut(&Piece, Place, Place) -> Result<bool>,
+        places: &[RowPlace],
+        mut same: impl FnMut(&WeightPiece, RowPlace, RowPlace) -> Result<bool>,
     ) -> Result<()> {
         for (piece, &chosen) in found.pieces.iter().zip(places) {
             for &place in &piece.places {
@@ -41,7 +41,7 @@ impl Covered {
     }
 
     /// Notes rows of a tensor.
-    pub fn note_piece(&mut self, piece: &Piece, place: Place) {
+    pub fn note_piece(&mut self, piece: &WeightPiece, place: RowPlace) {
         let begin = place.row * piece.length;
         self.note(place.tensor, begin..begin + piece.rows * piece.length);
     }

@@ -10,7 +10,7 @@ use crate::quantised::{Blocks, Channels, block_matrices, channel_matrices};
 
 use super::covered::Covered;
 use super::matching::Match;
-use super::part::{Part, weights_of};
+use super::part::{ModelPart, weights_of};
 use super::place::{Position, candidates, stack_of};
 use super::scan::{Made, Seen, scan};
 use super::table::{Target, Unmatched};
@@ -19,7 +19,7 @@ use super::table::{Target, Unmatched};
 pub struct Extraction<'a> {
     base: &'a Checkpoint,
     names: Vec<&'a str>,
-    current: &'a [Part<'a>],
+    current: &'a [ModelPart<'a>],
     sources: Vec<Source>,
     /// Where changed elements come from, by tensor.
     changed: BTreeMap<usize, Vec<Origin>>,
@@ -62,8 +62,8 @@ struct Origin {
 /// Errors: as the matching of `graft`; `Error::Invalid` naming the weights when one that changed is made of no tensor, could
 /// be made of several, was added since, or is tied in the checkpoint to one with other values; `Error::Interrupted`.
 pub fn extract<'a>(
-    reference: &[Part],
-    current: &'a [Part<'a>],
+    reference: &[ModelPart],
+    current: &'a [ModelPart<'a>],
     base: &'a Checkpoint,
     cancel: &Cancel,
 ) -> Result<Extraction<'a>> {
@@ -117,7 +117,7 @@ struct Targets {
 }
 
 impl Targets {
-    fn of(part: &Part) -> Self {
+    fn of(part: &ModelPart) -> Self {
         let (body, name) = (&part.model.graph.body, |id| part.model.graph.name(id).to_string());
         Targets {
             blocks: block_matrices(body).into_iter().map(|blocks| (name(blocks.numbers), blocks)).collect(),
@@ -139,8 +139,8 @@ impl Targets {
 }
 
 struct Taker<'a, 'b> {
-    reference: &'b [Part<'b>],
-    current: &'a [Part<'a>],
+    reference: &'b [ModelPart<'b>],
+    current: &'a [ModelPart<'a>],
     targets: Vec<Targets>,
     covered: Covered,
     /// Elements whose only place is known and that did not change, by tensor, with the weight's name.
@@ -343,18 +343,18 @@ impl Extraction<'_> {
             Target::Blocks(blocks, _) => blocks.dequantised(body)?.0,
             Target::Channels(channels, _) => channels.dequantised(body)?.0,
         };
-        let size = |piece: &super::matching::Piece| piece.rows * piece.length;
+        let size = |piece: &super::matching::WeightPiece| piece.rows * piece.length;
         let begin: usize = source.found.pieces[..number].iter().map(size).sum();
         let piece = &source.found.pieces[number];
-        Ok(rows[begin..begin + size(piece)].iter().map(|&number| piece.change.undone(number)).collect())
+        Ok(rows[begin..begin + size(piece)].iter().map(|&number| piece.change.inverse(number)).collect())
     }
 }
 
-fn weight<'a>(part: &'a Part, id: ValueId) -> Option<&'a Tensor> {
+fn weight<'a>(part: &'a ModelPart, id: ValueId) -> Option<&'a Tensor> {
     weights_of(&part.model.graph.body).into_iter().find(|(other, _)| *other == id).map(|(_, tensor)| tensor)
 }
 
-fn weight_named<'a>(part: &'a Part, name: &str) -> Option<&'a Tensor> {
+fn weight_named<'a>(part: &'a ModelPart, name: &str) -> Option<&'a Tensor> {
     let graph = &part.model.graph;
     weights_of(&graph.body).into_iter().find(|(id, _)| graph.name(*id) == name).map(|(_, tensor)| tensor)
 }
@@ -364,7 +364,7 @@ fn same(a: &Tensor, b: &Tensor) -> bool {
 }
 
 /// True when all initializers of a weight are the same in both graphs.
-fn same_target(was: &Part, before: &Target, is: &Part, now: &Target) -> bool {
+fn same_target(was: &ModelPart, before: &Target, is: &ModelPart, now: &Target) -> bool {
     let (before, now) = (before.ids(), now.ids());
     before.len() == now.len()
         && before.iter().zip(&now).all(|(a, b)| match (weight(was, *a), weight(is, *b)) {

@@ -4,23 +4,29 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Cancel, Error, Result};
 use crate::checkpoint::{Checkpoint, Tuned, floats};
-use crate::quantised::Layout;
+use crate::quantised::WeightLayout;
 
 use super::covered::Covered;
-use super::index::{Change, Place};
+use super::index::{Change, RowPlace};
 use super::matching::Match;
 use super::nearest;
-use super::part::{Absent, Part};
+use super::part::{Absent, ModelPart};
 use super::place::{Position, chosen, is_vision, layer_of};
 use super::scan::{Made, Other, Seen, scan};
-use super::table::{GraftTable, MatchedWeight, Plan, Unmatched};
+use super::table::{GraftPlan, GraftTable, MatchedWeight, Unmatched};
 use super::values::Values;
 
 /// Finds the place of every finetuned tensor.
 ///
 /// Errors: `Error::Invalid` when a name to leave out is none of the base's, and when no matrix of the graphs is in the base,
 /// so that it is not the graphs' checkpoint; `Error::Interrupted` on Ctrl-C.
-pub fn find(parts: &[Part], base: &Checkpoint, tuned: &Tuned, absent: &Absent, cancel: &Cancel) -> Result<GraftTable> {
+pub fn find(
+    parts: &[ModelPart],
+    base: &Checkpoint,
+    tuned: &Tuned,
+    absent: &Absent,
+    cancel: &Cancel,
+) -> Result<GraftTable> {
     let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
     if let Some(unknown) =
         absent.names.iter().find(|prefix| !names.iter().any(|name| name.starts_with(prefix.as_str())))
@@ -38,13 +44,13 @@ pub fn find(parts: &[Part], base: &Checkpoint, tuned: &Tuned, absent: &Absent, c
         }
     }
     let Finder { mut values, covered, changed, mut table } = finder;
-    lost(&mut table, &changed, &covered, &mut values, absent)?;
+    sort_unmatched(&mut table, &changed, &covered, &mut values, absent)?;
     nearest::fill(&mut table, parts, base)?;
     Ok(table)
 }
 
 /// Sorts finetuned tensors that are nowhere into those of pruned layers and the others.
-fn lost(
+fn sort_unmatched(
     table: &mut GraftTable,
     changed: &BTreeSet<String>,
     covered: &Covered,
@@ -92,7 +98,7 @@ struct Finder<'a> {
 }
 
 impl Finder<'_> {
-    fn matched(&mut self, parts: &[Part], made: Made) -> Result<()> {
+    fn matched(&mut self, parts: &[ModelPart], made: Made) -> Result<()> {
         let Made { part, target, dims, found } = made;
         let (id, owner) = (target.id(), &parts[part]);
         let name = owner.model.graph.name(id);
@@ -112,29 +118,29 @@ impl Finder<'_> {
             component: owner.file.to_string(),
             initializer: name.to_string(),
             shape: dims,
-            how: how(&found, &tensors) + &target.quantisation(),
+            how: describe_match(&found, &tensors) + &target.quantisation(),
             changed: tensors.iter().any(|tensor| self.changed.contains(tensor)),
             tensors,
-            plan: Plan { part, target, found, places },
+            plan: GraftPlan { part, target, found, places },
         });
         Ok(())
     }
 }
 
-fn tensors_of(places: &[Place], names: &[&str]) -> Vec<String> {
+fn tensors_of(places: &[RowPlace], names: &[&str]) -> Vec<String> {
     let mut tensors: Vec<String> = places.iter().map(|place| names[place.tensor].to_string()).collect();
     let mut seen = BTreeMap::new();
     tensors.retain(|name| seen.insert(name.clone(), ()).is_none());
     tensors
 }
 
-fn how(found: &Match, tensors: &[String]) -> String {
+fn describe_match(found: &Match, tensors: &[String]) -> String {
     let mut words = vec![match (found.layout, tensors.len()) {
         (_, 2..) => "joined",
-        (Layout::Columns, _) => "transposed",
+        (WeightLayout::Columns, _) => "transposed",
         _ => "equal",
     }];
-    if tensors.len() > 1 && found.layout == Layout::Columns {
+    if tensors.len() > 1 && found.layout == WeightLayout::Columns {
         words.push("transposed");
     }
     if found.pieces.iter().any(|piece| piece.change == Change::PlusOne) {

@@ -12,7 +12,7 @@ const MOST_PLACES: usize = 64;
 
 /// A row of a tensor of the checkpoint, whose elements are seen as rows of the length in question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct RowPlace {
     /// Number of the tensor, in the order of names.
     pub tensor: usize,
     /// Number of the row.
@@ -41,7 +41,7 @@ impl Change {
     }
 
     /// The number that it was applied to, rounded.
-    pub fn undone(self, number: f32) -> f32 {
+    pub fn inverse(self, number: f32) -> f32 {
         match self {
             Change::None => number,
             Change::PlusOne => number - 1.0,
@@ -52,7 +52,7 @@ impl Change {
 
 /// All rows of one length, as they are in one element type.
 pub struct RowIndex {
-    places: HashMap<u64, Vec<Place>>,
+    places: HashMap<u64, Vec<RowPlace>>,
 }
 
 impl RowIndex {
@@ -60,7 +60,7 @@ impl RowIndex {
     ///
     /// Errors: none that an opened checkpoint causes.
     pub fn new(checkpoint: &Checkpoint, length: usize, dtype: DataType, change: Change) -> Result<Self> {
-        let mut places: HashMap<u64, Vec<Place>> = HashMap::new();
+        let mut places: HashMap<u64, Vec<RowPlace>> = HashMap::new();
         for (number, tensor) in checkpoint.tensors().values().enumerate() {
             if !has_rows_of(tensor, length) {
                 continue;
@@ -69,7 +69,7 @@ impl RowIndex {
             for (row, bytes) in bytes.chunks_exact(length * dtype.bits() / 8).enumerate() {
                 let list = places.entry(hash(bytes)).or_default();
                 if list.len() < MOST_PLACES {
-                    list.push(Place { tensor: number, row });
+                    list.push(RowPlace { tensor: number, row });
                 }
             }
         }
@@ -77,7 +77,7 @@ impl RowIndex {
     }
 
     /// Places of a row with these bytes.
-    pub fn find(&self, row: &[u8]) -> &[Place] {
+    pub fn find(&self, row: &[u8]) -> &[RowPlace] {
         self.places.get(&hash(row)).map_or(&[], Vec::as_slice)
     }
 }

@@ -9,7 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::ir::Model;
 use crate::onnx;
 
-use super::part::Part;
+use super::part::ModelPart;
 use super::place::{is_vision, stack_of};
 
 /// A loaded component.
@@ -18,14 +18,14 @@ pub struct Loaded<'a> {
     pub component: &'a Component,
     /// Its graph.
     pub model: Model,
-    /// As [`Part::layers`].
+    /// As [`ModelPart::layers`].
     layers: HashMap<String, usize>,
 }
 
 impl Loaded<'_> {
     /// What matching needs to know of it.
-    pub fn part(&self) -> Part<'_> {
-        Part {
+    pub fn part(&self) -> ModelPart<'_> {
+        ModelPart {
             file: &self.component.file,
             model: &self.model,
             vision: self.component.role == Role::VisionEncoder,

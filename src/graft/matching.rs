@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use crate::base::Result;
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::{DataType, Tensor};
-use crate::quantised::Layout;
+use crate::quantised::WeightLayout;
 
-use super::index::{Change, Place, RowIndex, converted, has_rows_of};
+use super::index::{Change, RowIndex, RowPlace, converted, has_rows_of};
 
 /// Rows of a weight that lie in the checkpoint one behind the other.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Piece {
+pub struct WeightPiece {
     /// Number of rows.
     pub rows: usize,
     /// Numbers in a row.
@@ -19,16 +19,16 @@ pub struct Piece {
     /// Difference between the checkpoint's numbers and the graph's.
     pub change: Change,
     /// Places of the first row; several where the checkpoint has the same rows more than once.
-    pub places: Vec<Place>,
+    pub places: Vec<RowPlace>,
 }
 
 /// How a weight is put together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Match {
     /// Order of the weight's elements.
-    pub layout: Layout,
+    pub layout: WeightLayout,
     /// All rows, from the first one.
-    pub pieces: Vec<Piece>,
+    pub pieces: Vec<WeightPiece>,
 }
 
 /// Finds weights of graphs in a checkpoint.
@@ -52,13 +52,13 @@ impl<'a> Matcher<'a> {
             return Ok(None);
         }
         let width = weight.dtype.bits() / 8;
-        for layout in Layout::of(&weight.dims) {
+        for layout in WeightLayout::of(&weight.dims) {
             let length = layout.row_length(&weight.dims);
             if !self.tensors.iter().any(|tensor| has_rows_of(tensor, length)) {
                 continue;
             }
             let rows = layout.rows(weight);
-            let is_vector = layout == Layout::Flat;
+            let is_vector = layout == WeightLayout::Flat;
             for plus_one in [false, true] {
                 if plus_one && !is_vector {
                     continue;
@@ -70,7 +70,7 @@ impl<'a> Matcher<'a> {
         }
         let is_vector = weight.dims.iter().filter(|&&size| size != 1).count() == 1;
         if is_vector && let Some(pieces) = self.segments(weight)? {
-            return Ok(Some(Match { layout: Layout::Flat, pieces }));
+            return Ok(Some(Match { layout: WeightLayout::Flat, pieces }));
         }
         Ok(None)
     }
@@ -84,7 +84,7 @@ impl<'a> Matcher<'a> {
         let mut pieces = Vec::new();
         let mut at = 0;
         while at < values.len() {
-            let mut best: Option<Piece> = None;
+            let mut best: Option<WeightPiece> = None;
             for (number, tensor) in self.tensors.iter().enumerate() {
                 let count = tensor.element_count() as usize;
                 let longest = best.as_ref().map_or(0, |best| best.rows * best.length);
@@ -96,17 +96,24 @@ impl<'a> Matcher<'a> {
                 if !values[at..].iter().zip(&steps[at..]).zip(&floats(tensor)?).all(near) {
                     continue;
                 }
-                let place = Place { tensor: number, row: 0 };
+                let place = RowPlace { tensor: number, row: 0 };
                 match &mut best {
                     Some(best) if best.rows * best.length == count => best.places.push(place),
-                    _ => best = Some(Piece { rows: count / length, length, change: Change::None, places: vec![place] }),
+                    _ => {
+                        best = Some(WeightPiece {
+                            rows: count / length,
+                            length,
+                            change: Change::None,
+                            places: vec![place],
+                        })
+                    }
                 }
             }
             let Some(piece) = best else { return Ok(None) };
             at += piece.rows * length;
             pieces.push(piece);
         }
-        Ok(Some(Match { layout: Layout::Rows, pieces }))
+        Ok(Some(Match { layout: WeightLayout::Rows, pieces }))
     }
 
     /// Runs of rows; `None` when a row is nowhere.
@@ -117,7 +124,7 @@ impl<'a> Matcher<'a> {
         width: usize,
         dtype: DataType,
         plus_one: bool,
-    ) -> Result<Option<Vec<Piece>>> {
+    ) -> Result<Option<Vec<WeightPiece>>> {
         let change = if plus_one { Change::PlusOne } else { Change::None };
         if let std::collections::hash_map::Entry::Vacant(entry) = self.indices.entry((length, dtype, plus_one)) {
             entry.insert(RowIndex::new(self.checkpoint, length, dtype, change)?);
@@ -135,9 +142,9 @@ impl<'a> Matcher<'a> {
                 at = end;
                 continue;
             }
-            let run = |start: &Place| {
+            let run = |start: &RowPlace| {
                 let follows = |step: &usize| {
-                    let place = Place { tensor: start.tensor, row: start.row + step };
+                    let place = RowPlace { tensor: start.tensor, row: start.row + step };
                     index.find(rows[at + step]).contains(&place)
                 };
                 1 + (1..rows.len() - at).take_while(follows).count()
@@ -146,29 +153,29 @@ impl<'a> Matcher<'a> {
             let longest = runs.iter().copied().max().unwrap_or(1);
             let places =
                 starts.iter().zip(&runs).filter(|(_, run)| **run == longest).map(|(start, _)| *start).collect();
-            pieces.push(Piece { rows: longest, length, change, places });
+            pieces.push(WeightPiece { rows: longest, length, change, places });
             at += longest;
         }
         Ok(Some(pieces))
     }
 
     /// Rows that are a tensor of the checkpoint times one factor.
-    fn scaled(&self, rows: &[&[u8]], length: usize, dtype: DataType) -> Result<Option<Piece>> {
+    fn scaled(&self, rows: &[&[u8]], length: usize, dtype: DataType) -> Result<Option<WeightPiece>> {
         let wanted = floats(&Tensor::from_bytes(dtype, &[(rows.len() * length) as u64], rows.concat()))?;
         for (number, tensor) in self.tensors.iter().enumerate() {
             if tensor.element_count() != wanted.len() as u64 || !has_rows_of(tensor, length) {
                 continue;
             }
             if let Some(factor) = factor_between(&floats(tensor)?, &wanted, dtype) {
-                let places = vec![Place { tensor: number, row: 0 }];
-                return Ok(Some(Piece { rows: rows.len(), length, change: Change::Scale(factor), places }));
+                let places = vec![RowPlace { tensor: number, row: 0 }];
+                return Ok(Some(WeightPiece { rows: rows.len(), length, change: Change::Scale(factor), places }));
             }
         }
         Ok(None)
     }
 
     /// A vector that is several vectors of the checkpoint one behind the other.
-    fn segments(&self, weight: &Tensor) -> Result<Option<Vec<Piece>>> {
+    fn segments(&self, weight: &Tensor) -> Result<Option<Vec<WeightPiece>>> {
         let bytes = weight.bytes();
         let width = weight.dtype.bits() / 8;
         let vectors: Vec<(usize, Vec<u8>)> = self
@@ -189,8 +196,8 @@ impl<'a> Matcher<'a> {
             let longest = fits.clone().map(|(_, vector)| vector.len()).max();
             let Some(longest) = longest else { return Ok(None) };
             let places = fits.filter(|(_, vector)| vector.len() == longest).map(|(number, _)| *number);
-            let places = places.map(|tensor| Place { tensor, row: 0 }).collect();
-            pieces.push(Piece { rows: 1, length: longest / width, change: Change::None, places });
+            let places = places.map(|tensor| RowPlace { tensor, row: 0 }).collect();
+            pieces.push(WeightPiece { rows: 1, length: longest / width, change: Change::None, places });
             at += longest;
         }
         Ok(Some(pieces))

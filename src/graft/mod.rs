@@ -20,6 +20,6 @@ pub use apply::apply;
 pub use extract::{Extracted, Extraction, extract};
 pub use find::find;
 pub use load::{Loaded, history_of, load};
-pub use part::{Absent, Part};
+pub use part::{Absent, ModelPart};
 pub use place::stack_of;
 pub use table::{GraftTable, MatchedWeight, Nearest, Unmatched};

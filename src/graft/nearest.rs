@@ -3,9 +3,9 @@
 use crate::base::Result;
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::Tensor;
-use crate::quantised::Layout;
+use crate::quantised::WeightLayout;
 
-use super::part::{Part, weights_of};
+use super::part::{ModelPart, weights_of};
 use super::table::{GraftTable, Nearest};
 
 /// The most candidates of one size that are compared.
@@ -14,7 +14,7 @@ const MOST_CANDIDATES: usize = 64;
 /// Names the nearest weight of everything without a match.
 ///
 /// Errors: as [`floats`].
-pub fn fill(table: &mut GraftTable, parts: &[Part], base: &Checkpoint) -> Result<()> {
+pub fn fill(table: &mut GraftTable, parts: &[ModelPart], base: &Checkpoint) -> Result<()> {
     let weight = |component: &str, name: &str| {
         let part = parts.iter().find(|part| part.file == component)?;
         let graph = &part.model.graph;
@@ -51,7 +51,7 @@ fn nearest<'a>(tensor: &Tensor, others: impl Iterator<Item = (&'a str, &'a Tenso
         let plain = floats(other)?;
         let mut difference = distance(&wanted, &plain);
         if other.dims.len() > 1 {
-            let turned = Tensor::from_bytes(other.dtype, &other.dims, Layout::Columns.rows(other));
+            let turned = Tensor::from_bytes(other.dtype, &other.dims, WeightLayout::Columns.rows(other));
             difference = difference.min(distance(&wanted, &floats(&turned)?));
         }
         let difference = if norm > 0.0 { difference / norm } else { difference };

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use crate::ir::{Body, Model, Tensor, ValueId};
 
 /// A component of a model with what places need to know of its weights.
-pub struct Part<'a> {
+pub struct ModelPart<'a> {
     /// Path of the component below the model's folder.
     pub file: &'a str,
     /// Its graph.

@@ -3,9 +3,9 @@
 use crate::base::{Result, list_preview};
 use crate::checkpoint::Checkpoint;
 
-use super::index::Place;
-use super::matching::{Match, Piece};
-use super::part::Part;
+use super::index::RowPlace;
+use super::matching::{Match, WeightPiece};
+use super::part::ModelPart;
 
 /// What is known of a weight besides its content.
 pub struct Position<'a> {
@@ -19,13 +19,13 @@ pub struct Position<'a> {
 
 impl<'a> Position<'a> {
     /// Of a part's initializer.
-    pub fn of(part: &Part, name: &'a str) -> Self {
+    pub fn of(part: &ModelPart, name: &'a str) -> Self {
         Position { name, layer: part.layers.get(name).copied(), vision: part.vision }
     }
 }
 
 /// The places of a piece that the weight's name, layer and tower leave.
-pub fn candidates(piece: &Piece, position: &Position, names: &[&str]) -> Vec<Place> {
+pub fn candidates(piece: &WeightPiece, position: &Position, names: &[&str]) -> Vec<RowPlace> {
     let mut left = piece.places.clone();
     if left.len() > 1 {
         left = by_name(left, position, names);
@@ -43,8 +43,8 @@ pub fn chosen(
     found: &Match,
     position: &Position,
     base: &Checkpoint,
-    mut same: impl FnMut(&Piece, Place, Place) -> Result<bool>,
-) -> Result<Result<Vec<Place>, String>> {
+    mut same: impl FnMut(&WeightPiece, RowPlace, RowPlace) -> Result<bool>,
+) -> Result<Result<Vec<RowPlace>, String>> {
     let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
     let mut places = Vec::with_capacity(found.pieces.len());
     for piece in &found.pieces {
@@ -66,8 +66,8 @@ pub fn chosen(
 }
 
 /// The places whose tensor shares the longest end of its name with the initializer, from two parts on.
-fn by_name(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Place> {
-    let shared = |place: &Place| {
+fn by_name(places: Vec<RowPlace>, position: &Position, names: &[&str]) -> Vec<RowPlace> {
+    let shared = |place: &RowPlace| {
         let (own, other) = (position.name.rsplit(['.', '/']), names[place.tensor].rsplit('.'));
         own.zip(other).take_while(|(own, other)| own == other).count()
     };
@@ -76,12 +76,12 @@ fn by_name(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Place
 }
 
 /// The places in the weight's own layer and tower, where there are any.
-fn by_tower(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Place> {
-    let fits = |place: &Place| {
+fn by_tower(places: Vec<RowPlace>, position: &Position, names: &[&str]) -> Vec<RowPlace> {
+    let fits = |place: &RowPlace| {
         let name = names[place.tensor];
         is_vision(name) == position.vision && (position.layer.is_none() || layer_of(name) == position.layer)
     };
-    let own: Vec<Place> = places.iter().copied().filter(fits).collect();
+    let own: Vec<RowPlace> = places.iter().copied().filter(fits).collect();
     if own.is_empty() { places } else { own }
 }
 

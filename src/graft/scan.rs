@@ -8,9 +8,9 @@ use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::{Tensor, ValueId};
 use crate::quantised::{Blocks, Channels, RANGES, SCHEMES, block_matrices, channel_matrices};
 
-use super::index::Place;
+use super::index::RowPlace;
 use super::matching::{Match, Matcher};
-use super::part::{Part, weights_of};
+use super::part::{ModelPart, weights_of};
 use super::table::{Target, Unmatched};
 use super::values::rows_of;
 
@@ -48,7 +48,7 @@ pub(super) struct Other {
 
 impl Other {
     /// Its line in a table.
-    pub fn described(&self, parts: &[Part]) -> Unmatched {
+    pub fn described(&self, parts: &[ModelPart]) -> Unmatched {
         let part = &parts[self.part];
         Unmatched {
             component: Some(part.file.to_string()),
@@ -64,7 +64,7 @@ impl Other {
 ///
 /// Errors: `Error::Invalid` when no matrix of the graphs is in the checkpoint, so that it is not theirs;
 /// `Error::Interrupted` on Ctrl-C.
-pub(super) fn scan(parts: &[Part], base: &Checkpoint, cancel: &Cancel) -> Result<Vec<Seen>> {
+pub(super) fn scan(parts: &[ModelPart], base: &Checkpoint, cancel: &Cancel) -> Result<Vec<Seen>> {
     let mut scanner = Scanner { matcher: Matcher::new(base), base, part: 0 };
     let mut all = Vec::new();
     let total: usize = parts.iter().map(|part| weights_of(&part.model.graph.body).len()).sum();
@@ -123,7 +123,7 @@ impl Scanner<'_> {
         })
     }
 
-    fn blocks(&mut self, part: &Part, blocks: &Blocks) -> Result<Seen> {
+    fn blocks(&mut self, part: &ModelPart, blocks: &Blocks) -> Result<Seen> {
         let body = &part.model.graph.body;
         let dims = blocks.shape().dims;
         let (values, steps) = blocks.dequantised(body)?;
@@ -139,7 +139,7 @@ impl Scanner<'_> {
         })
     }
 
-    fn channels(&mut self, part: &Part, channels: &Channels) -> Result<Seen> {
+    fn channels(&mut self, part: &ModelPart, channels: &Channels) -> Result<Seen> {
         let body = &part.model.graph.body;
         for channels in [Some(channels.clone()), channels.turned()].into_iter().flatten() {
             let dims = channels.shape().dims;
@@ -158,7 +158,7 @@ impl Scanner<'_> {
 
     /// The checkpoint's values of a quantised matrix, row by row.
     fn original(&self, matrix: &Tensor, found: &Match) -> Result<Vec<f32>> {
-        let first: Vec<Place> = found.pieces.iter().map(|piece| piece.places[0]).collect();
+        let first: Vec<RowPlace> = found.pieces.iter().map(|piece| piece.places[0]).collect();
         let tensors: Vec<&Tensor> = self.base.tensors().values().collect();
         rows_of(matrix, found, &first, |number| Ok(Rc::new(floats(tensors[number])?)))
     }

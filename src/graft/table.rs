@@ -7,7 +7,7 @@ use crate::base::{Error, Result, list_preview};
 use crate::ir::ValueId;
 use crate::quantised::{Blocks, Channels, Range8, Scheme};
 
-use super::index::Place;
+use super::index::RowPlace;
 use super::matching::Match;
 
 /// A weight that is made of tensors of the checkpoint.
@@ -28,16 +28,16 @@ pub struct MatchedWeight {
     pub changed: bool,
     #[serde(skip)]
     #[schemars(skip)]
-    pub(super) plan: Plan,
+    pub(super) plan: GraftPlan,
 }
 
 /// Where the finetuned values of a weight come from and go to.
 #[derive(Clone)]
-pub(super) struct Plan {
+pub(super) struct GraftPlan {
     pub part: usize,
     pub target: Target,
     pub found: Match,
-    pub places: Vec<Place>,
+    pub places: Vec<RowPlace>,
 }
 
 /// What a weight is in the graph.

@@ -7,8 +7,8 @@ use crate::checkpoint::{Checkpoint, Tuned, floats};
 use crate::ir::Tensor;
 
 use super::compose::composed;
-use super::index::Place;
-use super::matching::{Match, Piece};
+use super::index::RowPlace;
+use super::matching::{Match, WeightPiece};
 
 /// Finetuned values of the base's tensors, the last one kept.
 pub struct Values<'a> {
@@ -41,8 +41,8 @@ impl<'a> Values<'a> {
     }
 
     /// True when the finetuned rows of a piece are the same at both places.
-    pub fn same(&mut self, piece: &Piece, a: Place, b: Place) -> Result<bool> {
-        let range = |place: Place| place.row * piece.length..(place.row + piece.rows) * piece.length;
+    pub fn same(&mut self, piece: &WeightPiece, a: RowPlace, b: RowPlace) -> Result<bool> {
+        let range = |place: RowPlace| place.row * piece.length..(place.row + piece.rows) * piece.length;
         let (left, right) = (self.of(a.tensor)?, self.of(b.tensor)?);
         Ok(left[range(a)] == right[range(b)])
     }
@@ -52,7 +52,7 @@ impl<'a> Values<'a> {
 pub fn rows_of(
     matrix: &Tensor,
     found: &Match,
-    places: &[Place],
+    places: &[RowPlace],
     values: impl FnMut(usize) -> Result<Rc<Vec<f32>>>,
 ) -> Result<Vec<f32>> {
     let bytes = composed(matrix, found, places, values)?;

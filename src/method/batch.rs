@@ -1,7 +1,7 @@
 //! Conversations of one length, which run through a decoder together.
 
 use crate::base::Result;
-use crate::runtime::{Embedded, Step, Tensor};
+use crate::runtime::{Embedded, Step, TensorValue};
 
 /// Limit on the tokens of one decoder pass; a longer conversation runs alone. Bounds memory and
 /// does not affect the result.
@@ -19,8 +19,8 @@ pub struct Conversation {
 pub struct Batch {
     pub step: Step,
     /// `[1, N, 2]`, the graph's input of row positions; `targets` is `[1, N, 1]`.
-    pub rows: Tensor,
-    pub targets: Tensor,
+    pub rows: TensorValue,
+    pub targets: TensorValue,
     /// `[N]`: index of the conversation of each row.
     pub owners: Vec<usize>,
 }
@@ -62,8 +62,8 @@ fn batch(group: &[Conversation]) -> Result<Batch> {
     let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
     Ok(Batch {
         step: Step::prefill(&embedded, false)?,
-        rows: Tensor::new(&[1, targets.len(), 2], rows)?,
-        targets: Tensor::new(&[1, targets.len(), 1], targets)?,
+        rows: TensorValue::new(&[1, targets.len(), 2], rows)?,
+        targets: TensorValue::new(&[1, targets.len(), 1], targets)?,
         owners,
     })
 }

@@ -8,7 +8,7 @@ use crate::onnx;
 use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 
 use super::batch::Conversation;
-use super::switched::{Switched, open};
+use super::switched::{Switched, Switches, open};
 
 /// Samples with more tokens are left out; also the default of `score --max-tokens`.
 const MAX_TOKENS: usize = 8192;
@@ -20,6 +20,8 @@ pub struct Embedder<'a> {
     intake: Intake,
     model: VlmSession,
     num_layers: usize,
+    /// With switches of residual blocks: for each layer, that of its MLP.
+    pub mlps: Vec<Option<usize>>,
     file: String,
     restarts: bool,
     cancel: &'a Cancel,
@@ -29,20 +31,30 @@ pub struct Embedder<'a> {
 }
 
 impl<'a> Embedder<'a> {
-    /// Loads the model, its decoder with inputs that switch layers off; `mapped` as in [`open`].
+    /// Loads the model, its decoder with these switches.
     ///
     /// Errors: as `VlmSession::open` and `rewrite::bypass_layers`.
     pub fn new(
         bundle: &Bundle,
         dataset: &'a Dataset,
-        mapped: bool,
+        switches: Switches,
         device: Device,
         cancel: &'a Cancel,
     ) -> Result<Self> {
         let encoder = Encoder::open(bundle, dataset)?;
         let runtime = Runtime::new(device)?;
         let component = bundle.require(Role::Decoder)?;
-        let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
+        let mut analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
+        let mut mlps = Vec::new();
+        let mapped = match switches {
+            Switches::Layers => None,
+            Switches::Mapped(of) => Some(of),
+            Switches::Sublayers => {
+                let parts = analysis::sublayers(&analysis)?;
+                (analysis.map, mlps) = (parts.map, parts.mlps.into_iter().map(Result::ok).collect());
+                None
+            }
+        };
         let head_dim = bundle.config().and_then(|config| config.head_size());
         let (decoder, restarts) = open(&runtime, &analysis, head_dim, mapped)?;
         let features = FeatureCache::new(64 << 20);
@@ -53,6 +65,7 @@ impl<'a> Embedder<'a> {
             intake: Intake::new(dataset, bundle, MAX_TOKENS),
             model,
             num_layers: analysis.map.layers.len(),
+            mlps,
             file: component.file.clone(),
             restarts,
             cancel,

@@ -15,14 +15,14 @@ use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, LeftOut, Subset};
 use crate::rewrite::{ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, STREAM_OUTPUT_PREFIX};
-use crate::runtime::{Embedded, Outputs, Step, Tensor};
+use crate::runtime::{Embedded, Outputs, Step, TensorValue};
 
 use super::batch::{Batch, Conversation, grouped};
+use super::compensation::{Change, CompensationKind, CompensationRow, Fit, Rows};
 use super::embedder::Embedder;
 use super::loss::{LossMeter, Trial};
-use super::ridge::{self, Sums};
 use super::select::MeasureLosses;
-use super::switched::{Maps, Pass};
+use super::switched::{Maps, Pass, Switches};
 
 /// Default number of tokens that a fit looks at.
 pub const FIT_TOKENS: usize = 4096;
@@ -33,12 +33,11 @@ const HELD_OUT: usize = 4;
 /// Bytes of the sums of fits that are made at one time.
 const SUM_BYTES: usize = 1 << 30;
 
-/// Maps that make up for dropped layers.
+/// What makes up for dropped layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Compensation {
-    /// By layer of the dense model: the change `D`, `[D, D]`. What the layer's last block adds to the stream, times `I + D`,
-    /// takes its place.
-    pub changes: BTreeMap<usize, Array2<f32>>,
+    /// By layer of the dense model: what changes behind it.
+    pub changes: BTreeMap<usize, Change>,
 }
 
 /// Dropped layers `start..end`, all neighbours.
@@ -85,7 +84,16 @@ pub struct HealMeter {
     samples: Vec<String>,
     left_out: LeftOut,
     fit_tokens: usize,
+    how: &'static CompensationRow,
+    rank: usize,
     kept: Option<Kept>,
+}
+
+/// A closed form behind the layer before a gap, and its map.
+struct Found {
+    layer: usize,
+    change: Change,
+    map: TensorValue,
 }
 
 /// Maps that make up for layers.
@@ -99,29 +107,37 @@ impl HealMeter {
     /// Embeds the drawn conversations, on which losses are measured, and those drawn after them, with at most `fit_tokens`
     /// tokens, for fits. Where the data has too few for both, half of them are measured.
     ///
+    /// Fits are of this kind, and of this rank where the kind has one.
+    ///
     /// Errors: as `LossMeter::new`; `Error::Invalid` with fewer than three conversations.
     pub fn new(
         bundle: &Bundle,
         dataset: &Dataset,
-        subset: Subset,
-        fit_tokens: usize,
+        (kind, rank): (CompensationKind, usize),
+        (subset, fit_tokens): (Subset, usize),
         device: Device,
         cancel: &Cancel,
     ) -> Result<Self> {
+        let how = CompensationRow::of_kind(kind);
         let all = dataset.draw(Subset { amount: Amount::All, ..subset })?;
         let asked = dataset.draw(subset)?.len();
         let (measured, rest) = all.split_at(asked.min(all.len() / 2).max(1).min(all.len()));
-        let mut embedder = Embedder::new(bundle, dataset, true, device, cancel)?;
+        let mut embedder = Embedder::new(bundle, dataset, Switches::Mapped(how.of), device, cancel)?;
         let conversations = embedder.embedded(measured, usize::MAX)?;
         let samples = std::mem::take(&mut embedder.samples);
         // A conversation has at least one token.
         let for_fits = embedder.embedded(&rest[..rest.len().min(fit_tokens)], fit_tokens)?;
         let left_out = embedder.left_out.clone();
-        let meter = Self::over(LossMeter::over(embedder.into_switched(), conversations)?, for_fits)?;
+        let meter = Self::over(LossMeter::over(embedder.into_switched(), conversations)?, for_fits, (kind, rank))?;
         Ok(HealMeter { samples, left_out, ..meter })
     }
 
-    pub(super) fn over(mut meter: LossMeter, for_fits: Vec<Conversation>) -> Result<Self> {
+    pub(super) fn over(
+        mut meter: LossMeter,
+        for_fits: Vec<Conversation>,
+        (kind, rank): (CompensationKind, usize),
+    ) -> Result<Self> {
+        let how = CompensationRow::of_kind(kind);
         let fixed = meter.switched().fixed_batch();
         let fit_tokens = for_fits.iter().map(|conversation| conversation.embedded.len()).sum();
         let count = for_fits.len();
@@ -139,7 +155,7 @@ impl HealMeter {
         }
         let (fitted, held_out) = (grouped(fitted, fixed, stream_batch)?, grouped(held_out, fixed, stream_batch)?);
         let (samples, left_out) = (Vec::new(), LeftOut::default());
-        Ok(HealMeter { meter, fitted, held_out, samples, left_out, fit_tokens, kept: None })
+        Ok(HealMeter { meter, fitted, held_out, samples, left_out, fit_tokens, how, rank, kept: None })
     }
 
     /// Ids of the samples on which losses are measured.
@@ -177,9 +193,9 @@ impl HealMeter {
     ///
     /// Errors: as `losses`.
     pub fn loss(&mut self, removed: &[usize]) -> Result<(f64, Compensation)> {
-        let maps = self.compensated(removed)?;
+        let (maps, changes) = self.compensated(removed)?;
         let loss = self.meter.loss_with(removed, &maps)?;
-        Ok((loss, Compensation { changes: arrays(&maps)? }))
+        Ok((loss, Compensation { changes }))
     }
 
     /// The loss without these layers and without a fit.
@@ -191,11 +207,13 @@ impl HealMeter {
 
     /// Maps for all gaps, from the first to the last, each fitted on the stream behind those before it. A map that does not
     /// lower the loss is left out.
-    fn compensated(&mut self, removed: &[usize]) -> Result<Maps> {
-        let mut maps = Maps::new();
+    fn compensated(&mut self, removed: &[usize]) -> Result<(Maps, BTreeMap<usize, Change>)> {
+        let (mut maps, mut changes) = (Maps::new(), BTreeMap::new());
         let mut least = None;
         for gap in Gap::all(removed) {
-            let Some((layer, map)) = self.fit(removed, &maps, &[gap])?.pop().flatten() else { continue };
+            let Some(Found { layer, change, map }) = self.fit(removed, &maps, &[gap])?.pop().flatten() else {
+                continue;
+            };
             let before = match least {
                 Some(loss) => loss,
                 None => self.meter.loss_with(removed, &maps)?,
@@ -204,45 +222,51 @@ impl HealMeter {
             let after = self.meter.loss_with(removed, &maps)?;
             if after < before {
                 least = Some(after);
+                changes.insert(layer, change);
             } else {
                 maps.remove(&layer);
                 least = Some(before);
             }
         }
-        Ok(maps)
+        Ok((maps, changes))
     }
 
     /// For each gap the layer before it and its map in place of that in `maps`. A gap before which there is no layer, or
     /// which no map makes smaller on what is held out, has none.
-    fn fit(&mut self, removed: &[usize], maps: &Maps, gaps: &[Gap]) -> Result<Vec<Option<(usize, Tensor)>>> {
+    fn fit(&mut self, removed: &[usize], maps: &Maps, gaps: &[Gap]) -> Result<Vec<Option<Found>>> {
+        let (new_fit, rank) = (self.how.fit, self.rank);
         let mut found = Vec::with_capacity(gaps.len());
         for gaps in gaps.chunks(self.room()) {
-            let mut sums: Vec<Option<(Sums, Sums)>> = gaps.iter().map(|_| None).collect();
+            let mut fits: Vec<Option<(usize, Box<dyn Fit>)>> = gaps.iter().map(|_| None).collect();
             for (apart, count) in [(false, self.fitted.len()), (true, self.held_out.len())] {
                 for number in 0..count {
                     let rows = self.rows(removed, maps, gaps, (apart, number))?;
-                    sums.par_iter_mut().zip(rows).for_each(|(sums, rows)| {
-                        let Some(Rows { added, rest }) = rows else { return };
-                        let width = added.ncols();
-                        let (fitted, held_out) =
-                            sums.get_or_insert_with(|| (Sums::new(width, width), Sums::new(width, width)));
-                        if apart { held_out } else { fitted }.add(&added, &rest);
+                    fits.par_iter_mut().zip(rows).for_each(|(fit, rows)| {
+                        let Some(rows) = rows else { return };
+                        let width = rows.read.ncols();
+                        fit.get_or_insert_with(|| (width, new_fit(width, rank))).1.add(rows, apart);
                     });
                 }
             }
-            let solved: Result<Vec<Option<Array2<f32>>>> = sums
+            let solved: Result<Vec<Option<(usize, Change)>>> = fits
                 .into_par_iter()
-                .map(|sums| sums.map_or(Ok(None), |(fitted, held_out)| ridge::solve(fitted, &held_out)))
+                .map(|fit| match fit {
+                    Some((width, fit)) => Ok(fit.solve()?.map(|change| (width, change))),
+                    None => Ok(None),
+                })
                 .collect();
-            for (gap, change) in gaps.iter().zip(solved?) {
-                let (Some(layer), Some(mut change)) = (gap.start.checked_sub(1), change) else {
+            for (gap, solution) in gaps.iter().zip(solved?) {
+                let (Some(layer), Some((width, change))) = (gap.start.checked_sub(1), solution) else {
                     found.push(None);
                     continue;
                 };
-                if let Some(before) = maps.get(&layer) {
-                    change += &matrix(before)?;
-                }
-                found.push(Some((layer, tensor(change)?)));
+                // The rest that was fitted is what the map before leaves.
+                let change = match (change, maps.get(&layer)) {
+                    (Change::Fold(map), Some(before)) => Change::Fold(map + &matrix(before)?),
+                    (change, _) => change,
+                };
+                let map = tensor(change.map(width))?;
+                found.push(Some(Found { layer, change, map }));
             }
         }
         Ok(found)
@@ -255,7 +279,7 @@ impl HealMeter {
         (SUM_BYTES / each).max(1)
     }
 
-    /// The rows of one batch for each gap, weighted.
+    /// The rows of one batch for each gap.
     fn rows(
         &mut self,
         removed: &[usize],
@@ -287,8 +311,15 @@ impl HealMeter {
                 0 => Ok(None),
                 start => {
                     let target = target(&dense, *gap)?;
-                    let rest = target.clone() - &matrix(pruned.get(&behind(start - 1))?)?;
-                    Rows::weighted(matrix(pruned.get(&added(start - 1))?)?, rest, &target).map(Some)
+                    let stream = pruned.get(&behind(start - 1))?;
+                    let sequences = stream.shape().first().copied().unwrap_or(1);
+                    let rest = target.clone() - &matrix(stream)?;
+                    let read = matrix(pruned.get(&added(start - 1))?)?;
+                    if read.dim() != rest.dim() {
+                        let problem = format!("the stream is {:?}, and a block adds {:?}", rest.dim(), read.dim());
+                        return Err(Error::invalid("the fit", problem));
+                    }
+                    Ok(Some(Rows { read, rest, target, sequences }))
                 }
             })
             .collect()
@@ -307,14 +338,14 @@ impl MeasureLosses for HealMeter {
         let kept = self.kept.take().filter(|kept| kept.removed == removed);
         let mut maps = match kept {
             Some(kept) => kept.maps,
-            None => self.compensated(removed)?,
+            None => self.compensated(removed)?.0,
         };
         let plain: Vec<Trial> = candidates.iter().map(|&layer| Trial { layer, from: layer, map: None }).collect();
         let mut losses = self.meter.losses_of(removed, &maps, &plain, progress)?;
         let gaps: Vec<Gap> = candidates.iter().map(|&layer| Gap::around(layer, removed)).collect();
         let found = self.fit(removed, &maps, &gaps)?.into_iter();
         let mapped = candidates.iter().zip(found).filter_map(|(&layer, map)| {
-            map.map(|(before, map)| Trial { layer, from: before, map: Some((before, map)) })
+            map.map(|Found { layer: before, map, .. }| Trial { layer, from: before, map: Some((before, map)) })
         });
         let mapped: Vec<Trial> = mapped.collect();
         progress.advance((candidates.len() - mapped.len()) as u64 * self.meter.batch_count());
@@ -336,30 +367,6 @@ impl MeasureLosses for HealMeter {
             self.kept = Some(Kept { removed, maps });
         }
         Ok(losses)
-    }
-}
-
-/// Rows of a regression, each divided by the length of the dense model's stream.
-struct Rows {
-    added: Array2<f32>,
-    rest: Array2<f32>,
-}
-
-impl Rows {
-    fn weighted(mut added: Array2<f32>, mut rest: Array2<f32>, target: &Array2<f32>) -> Result<Self> {
-        if added.dim() != rest.dim() {
-            return Err(Error::invalid(
-                "the fit",
-                format!("the stream is {:?}, and a block adds {:?}", rest.dim(), added.dim()),
-            ));
-        }
-        let lengths = target.rows().into_iter().map(|row| row.iter().map(|x| x * x).sum::<f32>().sqrt());
-        for (place, length) in lengths.enumerate() {
-            let scale = 1.0 / length.max(1e-6);
-            added.row_mut(place).mapv_inplace(|value| value * scale);
-            rest.row_mut(place).mapv_inplace(|value| value * scale);
-        }
-        Ok(Rows { added, rest })
     }
 }
 
@@ -392,7 +399,7 @@ fn target(dense: &Outputs, gap: Gap) -> Result<Array2<f32>> {
 }
 
 /// `[B, T, D]` as `[B * T, D]`.
-fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
+fn matrix(tensor: &TensorValue) -> Result<Array2<f32>> {
     let shape = tensor.shape();
     let width = shape.last().copied().unwrap_or(0);
     let rows = shape.iter().rev().skip(1).product();
@@ -400,13 +407,9 @@ fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
         .map_err(|e| Error::invalid("the stream", e.to_string()))
 }
 
-fn tensor(map: Array2<f32>) -> Result<Tensor> {
+fn tensor(map: Array2<f32>) -> Result<TensorValue> {
     let shape = [map.nrows(), map.ncols()];
-    Tensor::new(&shape, map.iter().copied().collect::<Vec<f32>>())
-}
-
-fn arrays(maps: &Maps) -> Result<BTreeMap<usize, Array2<f32>>> {
-    maps.iter().map(|(&layer, map)| Ok((layer, matrix(map)?))).collect()
+    TensorValue::new(&shape, map.iter().copied().collect::<Vec<f32>>())
 }
 
 /// Conversations of which the stream is read and no loss: the graph's rows are one that nobody reads.
@@ -414,8 +417,8 @@ fn stream_batch(group: &[Conversation]) -> Result<Batch> {
     let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
     Ok(Batch {
         step: Step::prefill(&embedded, false)?,
-        rows: Tensor::new(&[1, 1, 2], vec![0i64, 0])?,
-        targets: Tensor::new(&[1, 1, 1], vec![0i64])?,
+        rows: TensorValue::new(&[1, 1, 2], vec![0i64, 0])?,
+        targets: TensorValue::new(&[1, 1, 1], vec![0i64])?,
         owners: Vec::new(),
     })
 }

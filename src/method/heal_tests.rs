@@ -4,18 +4,19 @@ use std::collections::BTreeMap;
 
 use ndarray::Array2;
 
+use super::compensation::{Change, CompensationKind};
 use super::heal::HealMeter;
 use super::loss::LossMeter;
-use super::loss_tests::{HEAD_DIM, conversations_again, fixtures, loss_of, noise, said};
+use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, fixtures, loss_of, noise};
 use super::switched::{Maps, Switched, open};
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device, Error};
 use crate::onnx;
-use crate::rewrite::{check_fold, drop_layers, fold_map, with_weights};
-use crate::runtime::{Decoder, Runtime, SessionOptions, Tensor};
+use crate::rewrite::{MapOf, check_fold, drop_layers, fold_map, with_weights};
+use crate::runtime::{Decoder, Runtime, SessionOptions, TensorValue};
 
 /// Float32 graphs of the zoo that run by themselves.
-fn graphs(runtime: &Runtime) -> Vec<(String, Analysis)> {
+pub fn graphs(runtime: &Runtime) -> Vec<(String, Analysis)> {
     let table = std::fs::read_to_string(fixtures().join("zoo/cases.tsv")).unwrap();
     let files = table.lines().map(|line| line.split('\t').collect::<Vec<_>>());
     let exact = files.filter(|fields| fields.get(2).is_none_or(|tolerance| *tolerance == "1e-4"));
@@ -49,11 +50,11 @@ fn a_map_beside_a_layer_is_the_map_in_its_weights() {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let mut same = 0;
     for (file, analysis) in graphs(&runtime) {
-        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, true).unwrap();
-        let heard = said(&decoder, &[7, 5, 7]);
+        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, Some(MapOf::Added)).unwrap();
+        let conversations = conversations_of(&decoder, &[7, 5, 7]);
         let layers = analysis.map.layers.len();
         let switched = Switched::new(decoder, layers, file.clone(), restarts, Cancel::default());
-        let mut meter = LossMeter::over(switched, conversations_again(&heard)).unwrap();
+        let mut meter = LossMeter::over(switched, conversations_again(&conversations)).unwrap();
         let width = meter.stream_width().unwrap();
         let change = |seed| {
             let values = noise(width * width, seed).into_iter().map(|value| 0.1 * value).collect();
@@ -63,13 +64,13 @@ fn a_map_beside_a_layer_is_the_map_in_its_weights() {
         let plain = meter.loss(&[2, 5]).unwrap();
         let maps: Maps = changes
             .iter()
-            .map(|(&layer, map)| (layer, Tensor::new(&[width, width], map.iter().copied().collect()).unwrap()))
+            .map(|(&layer, map)| (layer, TensorValue::new(&[width, width], map.iter().copied().collect()).unwrap()))
             .collect();
         let found = meter.loss_with(&[2, 5], &maps).unwrap();
-        let want = loss_of(&runtime, &drop_layers(&analysis, &[2, 5]).unwrap(), &heard);
+        let want = loss_of(&runtime, &drop_layers(&analysis, &[2, 5]).unwrap(), &conversations);
         assert!((plain - want).abs() < 1e-5, "{file}: {plain}, expected {want}");
         same += 1;
-        let want = loss_of(&runtime, &folded(&analysis, &[2, 5], &changes).unwrap(), &heard);
+        let want = loss_of(&runtime, &folded(&analysis, &[2, 5], &changes).unwrap(), &conversations);
         assert!((found - want).abs() < 3e-5, "{file}: {found}, expected {want}");
         assert!((found - plain).abs() > 1e-4, "{file}: the maps change nothing");
     }
@@ -95,13 +96,13 @@ fn a_fit_is_what_it_was_measured_as() {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let (mut same, mut fitted) = (0, 0);
     for (file, analysis) in graphs(&runtime) {
-        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, true).unwrap();
-        let heard = said(&decoder, &[7, 5, 7]);
-        let for_fits = said(&decoder, &[23; 24]);
+        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, Some(MapOf::Added)).unwrap();
+        let conversations = conversations_of(&decoder, &[7, 5, 7]);
+        let for_fits = conversations_of(&decoder, &[23; 24]);
         let layers = analysis.map.layers.len();
         let switched = Switched::new(decoder, layers, file.clone(), restarts, Cancel::default());
-        let meter = LossMeter::over(switched, conversations_again(&heard)).unwrap();
-        let mut meter = HealMeter::over(meter, for_fits).unwrap();
+        let meter = LossMeter::over(switched, conversations_again(&conversations)).unwrap();
+        let mut meter = HealMeter::over(meter, for_fits, (CompensationKind::Linear, 1)).unwrap();
         assert_eq!(meter.fit_tokens(), 24 * 23);
         for removed in [&[3][..], &[2, 4, 5], &[0]] {
             let (found, compensation) = meter.loss(removed).unwrap();
@@ -112,7 +113,11 @@ fn a_fit_is_what_it_was_measured_as() {
             );
             fitted += before.len();
             same += 1;
-            let want = loss_of(&runtime, &folded(&analysis, removed, &compensation.changes).unwrap(), &heard);
+            let changes = compensation.changes.into_iter().map(|(layer, change)| match change {
+                Change::Fold(map) => (layer, map),
+                other => panic!("{other:?}"),
+            });
+            let want = loss_of(&runtime, &folded(&analysis, removed, &changes.collect()).unwrap(), &conversations);
             assert!((found - want).abs() < 1e-4, "{file} without {removed:?}: {found}, expected {want}");
         }
     }

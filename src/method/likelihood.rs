@@ -11,7 +11,7 @@ use crate::data::Encoded;
 use crate::ir::Model;
 use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession, headed};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, TensorValue, VlmSession, headed};
 
 use super::batch::{Batch, Conversation, batches};
 use super::switched::open;
@@ -88,7 +88,7 @@ impl AnswerMeter {
         let component = bundle.require(Role::Decoder)?;
         let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
         let head_dim = bundle.config().and_then(|config| config.head_size());
-        let (decoder, _) = open(runtime, &analysis, head_dim, false)?;
+        let (decoder, _) = open(runtime, &analysis, head_dim, None)?;
         let model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
         Ok(AnswerMeter { model, runtime: *runtime, bundle: bundle.clone(), layers: analysis.map.layers.len() })
     }
@@ -170,12 +170,12 @@ impl AnswerMeter {
     /// Cross-entropy in nats of each answer token of a batch.
     fn losses(&mut self, batch: &Batch, removed: &[usize]) -> Result<Vec<f32>> {
         let keep = (0..self.layers).map(|layer| !removed.contains(&layer)).collect();
-        let keep = Tensor::new(&[self.layers], keep)?;
+        let keep = TensorValue::new(&[self.layers], keep)?;
         let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
-        let flag = Tensor::new(&[1], vec![false])?;
+        let flag = TensorValue::new(&[1], vec![false])?;
         let decoder = self.model.decoder_mut();
         let nothing = match decoder.session().input(STREAM_INPUT) {
-            Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+            Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
             None => None,
         };
         if let Some(nothing) = &nothing {

@@ -4,12 +4,12 @@ use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::Bundle;
 use crate::data::{Dataset, LeftOut, Subset};
 use crate::rewrite::{LOSS_OUTPUT, STREAM_OUTPUT_PREFIX};
-use crate::runtime::{Outputs, Tensor};
+use crate::runtime::{Outputs, TensorValue};
 
 use super::batch::{Batch, Conversation, batches};
 use super::embedder::Embedder;
 use super::select::MeasureLosses;
-use super::switched::{Maps, Pass, Switched};
+use super::switched::{Maps, Pass, Switched, Switches};
 
 /// Calibration conversations, embedded once, and one decoder session with an input that switches layers off.
 pub struct LossMeter {
@@ -27,7 +27,7 @@ pub(super) struct Trial {
     /// The first layer that runs otherwise without it.
     pub from: usize,
     /// A layer's map in place of the one it has.
-    pub map: Option<(usize, Tensor)>,
+    pub map: Option<(usize, TensorValue)>,
 }
 
 impl LossMeter {
@@ -36,12 +36,25 @@ impl LossMeter {
     /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid` when there is no
     /// answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
+        Self::with(Switches::Layers, bundle, dataset, subset, device, cancel).map(|(meter, _)| meter)
+    }
+
+    /// The same with other switches, and `Embedder::mlps`.
+    fn with(
+        switches: Switches,
+        bundle: &Bundle,
+        dataset: &Dataset,
+        subset: Subset,
+        device: Device,
+        cancel: &Cancel,
+    ) -> Result<(Self, Vec<Option<usize>>)> {
         let indices = dataset.draw(subset)?;
-        let mut embedder = Embedder::new(bundle, dataset, false, device, cancel)?;
+        let mut embedder = Embedder::new(bundle, dataset, switches, device, cancel)?;
         let conversations = embedder.embedded(&indices, usize::MAX)?;
         let (samples, left_out) = (std::mem::take(&mut embedder.samples), embedder.left_out.clone());
+        let mlps = std::mem::take(&mut embedder.mlps);
         let meter = Self::over(embedder.into_switched(), conversations)?;
-        Ok(LossMeter { samples, left_out, ..meter })
+        Ok((LossMeter { samples, left_out, ..meter }, mlps))
     }
 
     pub(super) fn over(switched: Switched, conversations: Vec<Conversation>) -> Result<Self> {
@@ -153,6 +166,54 @@ impl MeasureLosses for LossMeter {
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
         let trials: Vec<Trial> = candidates.iter().map(|&layer| Trial { layer, from: layer, map: None }).collect();
         self.losses_of(removed, &Maps::new(), &trials, progress)
+    }
+}
+
+/// A [`LossMeter`] whose candidates are the MLPs of layers, named by their layers.
+pub struct MlpMeter {
+    meter: LossMeter,
+    places: Vec<Option<usize>>,
+}
+
+impl MlpMeter {
+    /// Errors: as [`LossMeter::new`] and `analysis::sublayers`.
+    pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
+        let (meter, places) = LossMeter::with(Switches::Sublayers, bundle, dataset, subset, device, cancel)?;
+        Ok(MlpMeter { meter, places })
+    }
+
+    /// The meter of all residual blocks.
+    pub fn meter(&self) -> &LossMeter {
+        &self.meter
+    }
+
+    /// Mean cross-entropy over all answer tokens, in nats, of the decoder without the MLPs of these layers.
+    ///
+    /// Errors: as [`LossMeter::loss`]; `Error::Unsupported` for a layer without an MLP of its own.
+    pub fn loss(&mut self, removed: &[usize]) -> Result<f64> {
+        let removed = self.places_of(removed)?;
+        self.meter.loss(&removed)
+    }
+
+    fn places_of(&self, layers: &[usize]) -> Result<Vec<usize>> {
+        let place = |&layer: &usize| {
+            self.places.get(layer).copied().flatten().ok_or_else(|| {
+                Error::unsupported(format!("layer {layer}"), "has no MLP that can be dropped alone")
+                    .remedy("drop whole layers")
+            })
+        };
+        layers.iter().map(place).collect()
+    }
+}
+
+impl MeasureLosses for MlpMeter {
+    fn passes(&self) -> u64 {
+        self.meter.passes()
+    }
+
+    fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
+        let (removed, candidates) = (self.places_of(removed)?, self.places_of(candidates)?);
+        self.meter.losses(&removed, &candidates, progress)
     }
 }
 

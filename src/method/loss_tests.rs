@@ -46,11 +46,11 @@ pub fn noise(count: usize, seed: u64) -> Vec<f32> {
 
 /// Three conversations, two of one length, without pictures.
 fn conversations(decoder: &Decoder) -> Vec<Conversation> {
-    said(decoder, &[7, 5, 7])
+    conversations_of(decoder, &[7, 5, 7])
 }
 
 /// Conversations of these lengths, without pictures.
-pub fn said(decoder: &Decoder, lengths: &[usize]) -> Vec<Conversation> {
+pub fn conversations_of(decoder: &Decoder, lengths: &[usize]) -> Vec<Conversation> {
     let hidden_size = decoder.hidden_size().unwrap_or(0);
     let rows = decoder.position_rows();
     let conversation = |(number, &time): (usize, &usize)| {
@@ -106,31 +106,31 @@ fn losses_equal_those_of_the_graph_without_the_layers() {
         if Decoder::new(session, HEAD_DIM).is_err() {
             continue;
         }
-        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, false).unwrap();
-        let said = conversations(&decoder);
+        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, None).unwrap();
+        let all = conversations(&decoder);
         let layers = analysis.map.layers.len();
         let switched = Switched::new(decoder, layers, file.to_string(), restarts, Cancel::default());
-        let mut meter = LossMeter::over(switched, conversations_again(&said)).unwrap();
+        let mut meter = LossMeter::over(switched, conversations_again(&all)).unwrap();
         measured += 1;
         restarting += usize::from(restarts);
         let tolerance = if coarse { 5e-3 } else { 1e-5 };
         for removed in [&[][..], &[3], &[0, 7], &[2, 4, 5]] {
-            let want = pruned_loss(&runtime, &analysis, removed, &said);
+            let want = pruned_loss(&runtime, &analysis, removed, &all);
             let found = meter.loss(removed).unwrap();
             assert!((found - want).abs() < tolerance, "{file} without {removed:?}: {found}, expected {want}");
         }
         let progress = Progress::new("test", "passes", 0);
         let found = meter.losses(&[1, 5], &[0, 2, 6, 7], &progress).unwrap();
         for (layer, found) in [0, 2, 6, 7].into_iter().zip(found) {
-            let want = pruned_loss(&runtime, &analysis, &[1, 5, layer], &said);
+            let want = pruned_loss(&runtime, &analysis, &[1, 5, layer], &all);
             assert!((found - want).abs() < tolerance, "{file} without 1, 5, {layer}: {found}, expected {want}");
         }
     }
     assert!(measured >= 10 && restarting >= 5, "{measured} graphs measured, {restarting} of them restarted");
 }
 
-pub fn conversations_again(said: &[Conversation]) -> Vec<Conversation> {
-    let again = said.iter().map(|conversation| Conversation {
+pub fn conversations_again(known: &[Conversation]) -> Vec<Conversation> {
+    let again = known.iter().map(|conversation| Conversation {
         number: conversation.number,
         answer_mask: conversation.answer_mask.clone(),
         embedded: conversation.embedded.clone(),

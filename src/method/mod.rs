@@ -4,6 +4,9 @@
 //! Source: INTERLACE, arXiv:2511.19676.
 
 mod batch;
+mod compensation;
+#[cfg(test)]
+mod compensation_tests;
 mod embedder;
 mod heal;
 #[cfg(test)]
@@ -12,6 +15,9 @@ mod likelihood;
 mod loss;
 #[cfg(test)]
 mod loss_tests;
+mod low_rank;
+#[cfg(test)]
+mod mlp_tests;
 mod plan;
 mod ridge;
 mod score;
@@ -19,11 +25,12 @@ mod scores;
 pub mod select;
 mod switched;
 
+pub use compensation::{BRIDGE_RANK, COMPENSATIONS, Change, CompensationKind, CompensationRow};
 pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
 pub use likelihood::{AnswerLikelihood, AnswerMeter, Answers, LIKELIHOOD_BLOCK, answer_likelihoods};
-pub use loss::LossMeter;
-pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers, named_layers};
-pub use score::{ScoreSettings, score, score_among};
+pub use loss::{LossMeter, MlpMeter};
+pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Part, Plan, check_layers, named_layers};
+pub use score::{ScoreSettings, score, score_with_peers};
 pub use scores::{
     MODALITIES, Modality, ModalityScores, ModalityWeights, PackScores, SCORES_SCHEMA_VERSION, SampleModality,
     SampleScores, Scores, Similarities, check_weights,

@@ -14,6 +14,24 @@ use super::select::Group;
 /// Version of `plan.json`.
 pub const PLAN_SCHEMA_VERSION: u32 = 1;
 
+/// What of a layer is dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// All of it.
+    #[default]
+    Layer,
+    /// Its MLP; its attention, its cache and its number stay.
+    Mlp,
+}
+
+impl Part {
+    /// True for whole layers.
+    pub fn is_layer(&self) -> bool {
+        *self == Part::Layer
+    }
+}
+
 /// `plan.json`: which decoder layers are dropped, which are finetuned, which stay frozen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
@@ -22,6 +40,9 @@ pub struct Plan {
     pub provenance: Provenance,
     /// Name of the strategy that chose.
     pub strategy: String,
+    /// What of the dropped layers goes.
+    #[serde(default, skip_serializing_if = "Part::is_layer")]
+    pub part: Part,
     /// Decoder layers of the dense model.
     pub num_layers: usize,
     /// Dropped layers, ascending, by their index in the dense model.
@@ -48,7 +69,7 @@ pub struct Plan {
 pub struct LayerPlan {
     /// Index in the dense model.
     pub index: usize,
-    /// Index in the pruned model; absent for a dropped layer.
+    /// Index in the pruned model; absent for a layer that is dropped whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned_index: Option<usize>,
     /// Dropped, finetuned, or frozen and why.
@@ -59,7 +80,7 @@ pub struct LayerPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerRole {
-    /// Taken out of the graph.
+    /// Taken out of the graph, or its MLP alone; see `Plan::part`.
     Drop,
     /// Kept, and the only ones whose weights move.
     Finetune,
@@ -85,7 +106,13 @@ impl Plan {
     /// Derives the role of every layer from the groups that a strategy selected.
     ///
     /// Errors: `Error::Invalid` when a layer is outside the model or has two roles, or when none or all are dropped.
-    pub fn new(provenance: Provenance, strategy: &str, num_layers: usize, groups: Vec<Group>) -> Result<Self> {
+    pub fn new(
+        provenance: Provenance,
+        strategy: &str,
+        part: Part,
+        num_layers: usize,
+        groups: Vec<Group>,
+    ) -> Result<Self> {
         let mut roles = vec![LayerRole::Freeze; num_layers];
         for group in &groups {
             let members = group.drop.iter().map(|&layer| (layer, LayerRole::Drop));
@@ -120,8 +147,9 @@ impl Plan {
             .iter()
             .enumerate()
             .map(|(index, &role)| {
-                let pruned_index = (role != LayerRole::Drop).then_some(kept);
-                kept += usize::from(role != LayerRole::Drop);
+                let stays = role != LayerRole::Drop || part == Part::Mlp;
+                let pruned_index = stays.then_some(kept);
+                kept += usize::from(stays);
                 LayerPlan { index, pruned_index, role }
             })
             .collect();
@@ -133,6 +161,7 @@ impl Plan {
         Ok(Plan {
             provenance,
             strategy: strategy.to_string(),
+            part,
             num_layers,
             finetune: indices(LayerRole::Finetune),
             drop,
@@ -156,7 +185,8 @@ impl Plan {
             )
             .remedy("make the plan again; to choose layers by hand use `plan --drop`"));
         }
-        let again = Plan::new(plan.provenance.clone(), &plan.strategy, plan.num_layers, plan.groups.clone())?;
+        let again =
+            Plan::new(plan.provenance.clone(), &plan.strategy, plan.part, plan.num_layers, plan.groups.clone())?;
         let (samples, left_out) = (plan.samples.clone(), plan.left_out.clone());
         let again = Plan { samples, left_out, ..again };
         if again != plan {

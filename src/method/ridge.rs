@@ -5,6 +5,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use crate::base::{Error, Result};
 
+use super::low_rank::reduced;
+
 /// Rows and columns of a block of the factor.
 const BLOCK: usize = 32;
 
@@ -12,7 +14,7 @@ const BLOCK: usize = 32;
 const RIDGES: [f64; 5] = [1e-3, 1e-2, 1e-1, 1.0, 10.0];
 
 /// Sums over rows (tokens): `A = x^T x`, `B = x^T e`, `|e|^2`.
-pub struct Sums {
+pub struct RidgeSums {
     /// `[K, K]`.
     a: Array2<f64>,
     /// `[K, D]`.
@@ -21,10 +23,10 @@ pub struct Sums {
     rows: usize,
 }
 
-impl Sums {
+impl RidgeSums {
     /// No row yet, for `[K, D]` solutions.
     pub fn new(k: usize, d: usize) -> Self {
-        Sums { a: Array2::zeros((k, k)), b: Array2::zeros((k, d)), distance: 0.0, rows: 0 }
+        RidgeSums { a: Array2::zeros((k, k)), b: Array2::zeros((k, d)), distance: 0.0, rows: 0 }
     }
 
     /// Adds rows: `x` is `[M, K]`, `e` is `[M, D]`. Products of one call are made in f32 and added in f64.
@@ -36,7 +38,7 @@ impl Sums {
         self.rows += x.nrows();
     }
 
-    fn absorb(&mut self, other: &Sums) {
+    fn absorb(&mut self, other: &RidgeSums) {
         self.a += &other.a;
         self.b += &other.b;
         self.distance += other.distance;
@@ -73,17 +75,47 @@ impl Sums {
 /// out, or no ridge makes it less there, there is no solution.
 ///
 /// Errors: `Error::NotFinite` when a sum is not finite.
-pub fn solve(mut fitted: Sums, held_out: &Sums) -> Result<Option<Array2<f32>>> {
+pub fn solve(mut fitted: RidgeSums, held_out: &RidgeSums) -> Result<Option<Array2<f32>>> {
+    let Some(ridge) = best_ridge(&fitted, held_out, |full| full)? else { return Ok(None) };
+    fitted.absorb(held_out);
+    Ok(Some(single(&fitted.solve(ridge)?)))
+}
+
+/// The same with a solution `U V^T` of a rank, as its factors `[K, R]` and `[R, D]`.
+///
+/// Errors: as `solve`.
+pub fn solve_reduced(
+    mut fitted: RidgeSums,
+    held_out: &RidgeSums,
+    rank: usize,
+) -> Result<Option<(Array2<f32>, Array2<f32>)>> {
+    let product = |full: Array2<f64>| {
+        let (down, up) = reduced(&full, &fitted.b.view(), rank);
+        down.dot(&up)
+    };
+    let Some(ridge) = best_ridge(&fitted, held_out, product)? else { return Ok(None) };
+    fitted.absorb(held_out);
+    let (down, up) = reduced(&fitted.solve(ridge)?, &fitted.b.view(), rank);
+    Ok(Some((single(&down), single(&up))))
+}
+
+fn best_ridge(
+    fitted: &RidgeSums,
+    held_out: &RidgeSums,
+    shape: impl Fn(Array2<f64>) -> Array2<f64>,
+) -> Result<Option<f64>> {
     let mut best: Option<(f64, f64)> = None;
     for ridge in RIDGES {
-        let left = held_out.distance_with(&fitted.solve(ridge)?);
+        let left = held_out.distance_with(&shape(fitted.solve(ridge)?));
         if left < best.map_or(held_out.distance, |(least, _)| least) {
             best = Some((left, ridge));
         }
     }
-    let Some((_, ridge)) = best else { return Ok(None) };
-    fitted.absorb(held_out);
-    Ok(Some(fitted.solve(ridge)?.mapv(|value| value as f32)))
+    Ok(best.map(|(_, ridge)| ridge))
+}
+
+fn single(values: &Array2<f64>) -> Array2<f32> {
+    values.mapv(|value| value as f32)
 }
 
 /// The lower factor `L` of a positive definite matrix `L L^T`, in its lower triangle, block by block (Golub and Van Loan,
@@ -154,8 +186,8 @@ mod tests {
         Array2::from_shape_fn((rows, columns), |_| random.random_range(-1.0..1.0))
     }
 
-    fn sums(x: &Array2<f32>, e: &Array2<f32>) -> Sums {
-        let mut sums = Sums::new(x.ncols(), e.ncols());
+    fn sums(x: &Array2<f32>, e: &Array2<f32>) -> RidgeSums {
+        let mut sums = RidgeSums::new(x.ncols(), e.ncols());
         sums.add(x, e);
         sums
     }

@@ -75,14 +75,14 @@ pub fn score(
     device: Device,
     cancel: &Cancel,
 ) -> Result<Scores> {
-    score_among(None, bundle, dataset, settings, device, cancel)
+    score_with_peers(None, bundle, dataset, settings, device, cancel)
 }
 
 /// [`score`] by several processes, each on its part of the samples; all of them have the same scores then, those that one
 /// process alone would have.
 ///
 /// Errors: as `score` and `Peers::of_all`.
-pub fn score_among(
+pub fn score_with_peers(
     peers: Option<&dyn Peers>,
     bundle: &Bundle,
     dataset: &Dataset,

@@ -6,24 +6,35 @@ use crate::analysis::Analysis;
 use crate::base::{Cancel, Result};
 use crate::ir::DataType;
 use crate::rewrite::{
-    BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
+    BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, MapOf, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
     TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
-use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, Tensor};
+use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, TensorValue};
 
 use super::batch::Batch;
 
-/// By layer: a map of what its last block adds to the stream, f32 `[D, D]`; see `rewrite::MAP_INPUT_PREFIX`.
-pub type Maps = BTreeMap<usize, Tensor>;
+/// By layer: a map, f32 `[D, D]`; see `rewrite::MAP_INPUT_PREFIX`.
+pub type Maps = BTreeMap<usize, TensorValue>;
 
 /// What a pass leaves out and adds.
 pub struct Pass<'a> {
     pub removed: &'a [usize],
     pub maps: &'a Maps,
     /// One layer's map in place of that in `maps`.
-    pub map: Option<(usize, &'a Tensor)>,
+    pub map: Option<(usize, &'a TensorValue)>,
     /// The layer from which the pass runs, and the stream before that layer.
-    pub restart: Option<(usize, &'a Tensor)>,
+    pub restart: Option<(usize, &'a TensorValue)>,
+}
+
+/// What the inputs of a decoder switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switches {
+    /// Layers.
+    Layers,
+    /// Layers, with inputs of maps behind them.
+    Mapped(MapOf),
+    /// The residual blocks of layers.
+    Sublayers,
 }
 
 /// The session of a graph made by `rewrite::bypass_layers`.
@@ -39,12 +50,20 @@ pub struct Switched {
     cancel: Cancel,
 }
 
-/// Loads the graph with inputs that switch layers off, `mapped` also with inputs of maps. The flag is
+/// Loads the graph with inputs that switch the analysed layers off, `mapped` also with inputs of maps. The flag is
 /// `rewrite::Bypass::restarts`.
 ///
 /// Errors: as `rewrite::bypass_layers` and `Runtime::session_of`.
-pub fn open(runtime: &Runtime, analysis: &Analysis, head_dim: Option<usize>, mapped: bool) -> Result<(Decoder, bool)> {
-    let bypass = if mapped { bypass_layers_mapped(analysis)? } else { bypass_layers(analysis)? };
+pub fn open(
+    runtime: &Runtime,
+    analysis: &Analysis,
+    head_dim: Option<usize>,
+    mapped: Option<MapOf>,
+) -> Result<(Decoder, bool)> {
+    let bypass = match mapped {
+        Some(of) => bypass_layers_mapped(analysis, of)?,
+        None => bypass_layers(analysis)?,
+    };
     let session = runtime.session_of(&bypass.model, &SessionOptions::default())?;
     Ok((Decoder::prefill_only(session, head_dim)?, bypass.restarts))
 }
@@ -85,11 +104,11 @@ impl Switched {
         let begin = pass.restart.map_or(0, |(layer, _)| layer);
         let layers = 0..self.num_layers;
         let keep = layers.clone().map(|layer| layer >= begin && !pass.removed.contains(&layer)).collect();
-        let keep = Tensor::new(&[self.num_layers], keep)?;
+        let keep = TensorValue::new(&[self.num_layers], keep)?;
         let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
-        let flag = Tensor::new(&[1], vec![pass.restart.is_some()])?;
+        let flag = TensorValue::new(&[1], vec![pass.restart.is_some()])?;
         let nothing = match self.decoder.session().input(STREAM_INPUT) {
-            Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+            Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
             None => None,
         };
         if let Some(nothing) = &nothing {
@@ -100,8 +119,8 @@ impl Switched {
             Some((own, map)) if own == layer => Some(map),
             _ => pass.maps.get(&layer),
         };
-        let mapped = Tensor::new(&[self.num_layers], layers.map(|layer| map_of(layer).is_some()).collect())?;
-        let no_map = Tensor::empty(DataType::Float, &[0, 0])?;
+        let mapped = TensorValue::new(&[self.num_layers], layers.map(|layer| map_of(layer).is_some()).collect())?;
+        let no_map = TensorValue::empty(DataType::Float, &[0, 0])?;
         if !self.maps.is_empty() {
             added.push((MAPPED_INPUT, &mapped));
             let maps = self.maps.iter().enumerate();

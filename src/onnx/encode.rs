@@ -191,10 +191,10 @@ fn set_infos(entries: &mut Vec<pb::ValueInfoProto>, graph: &Graph, values: impl 
         let names: HashSet<&str> = values.iter().map(|value| value.name.as_str()).collect();
         entries.retain(|entry| !names.contains(entry.name.as_str()));
     }
-    let told = |value: &&&Value| {
+    let has_info = |value: &&&Value| {
         value.ty.is_some() || !value.metadata.is_empty() || !value.doc_string.is_empty() || !value.extra.is_empty()
     };
-    entries.extend(values.iter().filter(told).map(|value| info(value)));
+    entries.extend(values.iter().filter(has_info).map(|value| info(value)));
     entries.extend(values.iter().filter_map(|value| second_info(value)));
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use onnx_protobuf as pb;
 use protobuf::Message as _;
 
-use super::wire::{Message, child, put_field, put_varint};
+use super::wire::{MessageType, child, put_field, put_varint};
 use super::*;
 use crate::ir::DataType;
 
@@ -24,22 +24,22 @@ enum Item {
 type Tree = BTreeMap<u64, Vec<Item>>;
 
 /// Repeated fields that hold no messages. In any other field a default value equals an absent one.
-const REPEATED: &[(Message, &[u64])] = &[
-    (Message::Node, &[1, 2]),
-    (Message::Attribute, &[7, 8, 9]),
-    (Message::Tensor, &[1, 4, 5, 6, 7, 10, 11]),
-    (Message::SparseTensor, &[3]),
-    (Message::Function, &[4, 5, 6]),
+const REPEATED: &[(MessageType, &[u64])] = &[
+    (MessageType::Node, &[1, 2]),
+    (MessageType::Attribute, &[7, 8, 9]),
+    (MessageType::Tensor, &[1, 4, 5, 6, 7, 10, 11]),
+    (MessageType::SparseTensor, &[3]),
+    (MessageType::Function, &[4, 5, 6]),
     // A oneof: a size of 0 differs from an absent size.
-    (Message::Dimension, &[1, 2]),
+    (MessageType::Dimension, &[1, 2]),
 ];
 
 /// Repeated numbers, which may be packed: bytes per number, 0 for base-128.
-fn packed(message: Message, field: u64) -> Option<usize> {
+fn packed(message: MessageType, field: u64) -> Option<usize> {
     match (message, field) {
-        (Message::Attribute, 7) | (Message::Tensor, 4) => Some(4),
-        (Message::Tensor, 10) => Some(8),
-        (Message::Attribute, 8) | (Message::Tensor, 1 | 5 | 7 | 11) | (Message::SparseTensor, 3) => Some(0),
+        (MessageType::Attribute, 7) | (MessageType::Tensor, 4) => Some(4),
+        (MessageType::Tensor, 10) => Some(8),
+        (MessageType::Attribute, 8) | (MessageType::Tensor, 1 | 5 | 7 | 11) | (MessageType::SparseTensor, 3) => Some(0),
         _ => None,
     }
 }
@@ -75,8 +75,8 @@ fn with_raw_data(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// A message as fields, repeated fields in order. With `without_content`, the values of initializers are left out.
-fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
-    let whole = if message == Message::Tensor { with_raw_data(bytes) } else { bytes.to_vec() };
+fn tree(message: MessageType, bytes: &[u8], without_content: bool) -> Tree {
+    let whole = if message == MessageType::Tensor { with_raw_data(bytes) } else { bytes.to_vec() };
     let mut bytes = whole.as_slice();
     let mut tree = Tree::new();
     while !bytes.is_empty() {
@@ -117,10 +117,10 @@ fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
     };
     tree.retain(|field, items| repeated.contains(field) || !items.iter().all(default));
     match message {
-        Message::Tensor if without_content => [9, 13, 14].iter().for_each(|field| drop(tree.remove(field))),
+        MessageType::Tensor if without_content => [9, 13, 14].iter().for_each(|field| drop(tree.remove(field))),
         // The order of entries that describe values by name is not significant.
-        Message::Graph | Message::Function => {
-            let unordered = if message == Message::Graph { &[13, 14][..] } else { &[12] };
+        MessageType::Graph | MessageType::Function => {
+            let unordered = if message == MessageType::Graph { &[13, 14][..] } else { &[12] };
             for field in unordered {
                 tree.entry(*field).or_default().sort_by_key(|item| format!("{item:?}"));
             }
@@ -180,8 +180,8 @@ fn every_fixture_graph_keeps_every_field() {
             if path.is_dir() {
                 open.push(path);
             } else if path.extension().is_some_and(|extension| extension == "onnx") {
-                let before = tree(Message::Model, &std::fs::read(&path).unwrap(), true);
-                let found = difference("model", &before, &tree(Message::Model, &again(&path), true));
+                let before = tree(MessageType::Model, &std::fs::read(&path).unwrap(), true);
+                let found = difference("model", &before, &tree(MessageType::Model, &again(&path), true));
                 assert_eq!(found, None, "{}", path.display());
                 count += 1;
             }
@@ -194,7 +194,8 @@ fn every_fixture_graph_keeps_every_field() {
 fn a_model_with_every_field_set_keeps_every_field() {
     let path = fixtures().join("onnx/every-field.onnx");
     let before = std::fs::read(&path).unwrap();
-    let found = difference("model", &tree(Message::Model, &before, false), &tree(Message::Model, &again(&path), false));
+    let found =
+        difference("model", &tree(MessageType::Model, &before, false), &tree(MessageType::Model, &again(&path), false));
     assert_eq!(found, None);
     // `ai.onnx` and the empty name are the same domain.
     let model = load(&path).unwrap();
@@ -203,7 +204,7 @@ fn a_model_with_every_field_set_keeps_every_field() {
 }
 
 /// The message with an unknown field (number 2000) appended to it and to every nested message.
-fn with_unknown_fields(message: Message, bytes: &[u8], count: &mut usize) -> Vec<u8> {
+fn with_unknown_fields(message: MessageType, bytes: &[u8], count: &mut usize) -> Vec<u8> {
     let mut out = Vec::new();
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -236,12 +237,13 @@ fn with_unknown_fields(message: Message, bytes: &[u8], count: &mut usize) -> Vec
 fn unknown_fields_are_kept_in_every_message() {
     let mut count = 0;
     let bytes = std::fs::read(fixtures().join("onnx/every-field.onnx")).unwrap();
-    let before = with_unknown_fields(Message::Model, &bytes, &mut count);
+    let before = with_unknown_fields(MessageType::Model, &bytes, &mut count);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
     std::fs::write(&path, &before).unwrap();
     let after = again(&path);
-    let found = difference("model", &tree(Message::Model, &before, false), &tree(Message::Model, &after, false));
+    let found =
+        difference("model", &tree(MessageType::Model, &before, false), &tree(MessageType::Model, &after, false));
     assert_eq!(found, None);
     for number in 1..=count {
         let field = format!("unknown {number}");

@@ -21,7 +21,7 @@ pub struct Scan {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub enum Message {
+pub enum MessageType {
     Model,
     Graph,
     Node,
@@ -43,8 +43,8 @@ pub enum Message {
 }
 
 /// The message fields of each message of onnx.proto.
-pub fn child(parent: Message, field: u64) -> Option<Message> {
-    use Message::*;
+pub fn child(parent: MessageType, field: u64) -> Option<MessageType> {
+    use MessageType::*;
     Some(match (parent, field) {
         (Model, 7) => Graph,
         (Model, 8 | 14) => Leaf,
@@ -108,8 +108,8 @@ pub fn scan(bytes: &[u8]) -> Result<Scan, String> {
     while position < bytes.len() {
         let field = walker.field(position, bytes.len())?;
         position = field.whole.end;
-        match (child(Message::Model, field.number), field.content) {
-            (Some(Message::Graph), Some(content)) => {
+        match (child(MessageType::Model, field.number), field.content) {
+            (Some(MessageType::Graph), Some(content)) => {
                 graphs += 1;
                 let graph = walker.strip_graph(content)?;
                 put_field(&mut skeleton, 7, &graph);
@@ -194,7 +194,7 @@ impl Walker<'_> {
     }
 
     /// Checks a message and all nested messages.
-    fn check(&mut self, message: Message, range: Range<usize>, depth: usize) -> Result<(), String> {
+    fn check(&mut self, message: MessageType, range: Range<usize>, depth: usize) -> Result<(), String> {
         if depth > MAX_DEPTH {
             return Err(format!("nested deeper than {MAX_DEPTH} messages at byte {}", range.start));
         }
@@ -217,8 +217,8 @@ impl Walker<'_> {
         while position < range.end {
             let field = self.field(position, range.end)?;
             position = field.whole.end;
-            match (child(Message::Graph, field.number), field.content) {
-                (Some(Message::Tensor), Some(content)) => {
+            match (child(MessageType::Graph, field.number), field.content) {
+                (Some(MessageType::Tensor), Some(content)) => {
                     let tensor = self.strip_tensor(content)?;
                     put_field(&mut out, 5, &tensor);
                 }
@@ -252,7 +252,7 @@ impl Walker<'_> {
                     payload = None;
                 }
                 (number, Some(content)) => {
-                    if let Some(inner) = child(Message::Tensor, number) {
+                    if let Some(inner) = child(MessageType::Tensor, number) {
                         self.check(inner, content, 3)?;
                     }
                 }

@@ -1,6 +1,8 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
+mod auto;
 mod comparison;
+mod prune_section;
 mod recipe;
 mod run;
 mod stages;
@@ -13,7 +15,7 @@ mod tune;
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
 pub use recipe::{Calibration, Recipe};
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
-pub use store::{Finished, RunState, STATE_FILE, StepState, Store};
+pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};
 pub use sweep::{
     DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,
 };

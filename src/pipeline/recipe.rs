@@ -8,7 +8,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
-use crate::bundle::Deepstack;
 use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
@@ -16,7 +15,9 @@ use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
 use crate::method::{ModalityWeights, check_weights};
 
+use super::auto::{AUTO, AutoSection};
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
+use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
@@ -100,9 +101,13 @@ pub struct PlanSection {
     /// As few layers as give the decoder this ideal speed-up, all layers over those that stay.
     #[serde(default)]
     pub target_speedup: Option<f64>,
-    /// Strategies; the first is the one whose model the run is for, the others are compared with it.
+    /// Strategies; the first is the one whose model the run is for, the others are compared with it. `auto` takes the one of
+    /// `auto.candidates` that is best on held-back data after a short healing.
     #[serde(default = "default_strategies")]
     pub strategies: Vec<String>,
+    /// The choice of `auto`.
+    #[serde(default, skip_serializing_if = "AutoSection::is_default")]
+    pub auto: AutoSection,
     /// Seed of the `random` strategy.
     #[serde(default = "default_seed")]
     pub seed: u64,
@@ -116,14 +121,6 @@ pub struct PlanSection {
     /// with single frozen layers.
     #[serde(default)]
     pub beyond_structure: bool,
-}
-
-/// Settings of the graph rewrite.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct PruneSection {
-    /// Treatment of features that are added after the first layers (DeepStack): `keep` or `shift`.
-    pub deepstack: Deepstack,
 }
 
 /// Data and settings for finetuning the neighbours of dropped layers.
@@ -351,7 +348,15 @@ impl Recipe {
             )
             .remedy("write one of them"));
         }
-        check_strategies("plan", &plan.strategies)?;
+        let named: Vec<String> = plan.strategies.iter().filter(|name| *name != AUTO).cloned().collect();
+        if !named.is_empty() || plan.strategies.is_empty() {
+            check_strategies("plan", &named)?;
+        }
+        if plan.strategies.iter().filter(|name| *name == AUTO).count() > 1 {
+            return Err(Error::invalid("plan", "strategy `auto` occurs twice").remedy("name it once"));
+        }
+        plan.check_auto(self.finetune.held_back)?;
+        self.prune.check(&plan.planned())?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
@@ -477,12 +482,17 @@ mod tests {
             ("drop_ratio = 0.25", "drop_ratio = 0.25\ntarget_speedup = 1.2", "found drop_ratio and target_speedup"),
             ("drop_ratio = 0.25", "", "found none"),
             ("\"random\"", "\"magic\"", "strategy `magic`"),
+            ("\"random\"", "\"auto\"", "none is held back"),
+            ("[plan]", "[plan.auto]\nstep_tokens = 5\n[plan]", "`strategies` has no `auto`"),
             ("\"random\"", "\"interlace\"", "occurs twice"),
             ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),
             ("learning_rate = 1e-3", "learning_rate = -1.0", "`optimizer.learning_rate`"),
             ("{ learning_rate = 1e-3 }", "\"auto\"", "optimizer"),
             ("optimizer = { learning_rate = 1e-3 }", "batch_size = 3", "`[batch] size` for `batch_size`"),
             ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),
+            ("[plan]", "[prune]\ncompensate = \"cubic\"\n[plan]", "unknown variant `cubic`"),
+            ("[plan]", "[prune]\ncompensate = \"scalar\"\nrank = 4\n[plan]", "compensation `scalar`: has no rank"),
+            ("[plan]", "[prune]\nrank = 4\n[plan]", "has `rank` and no `compensate`"),
             ("settings =", "held_back = 1.0\nsettings =", "finetune.held_back: is 1"),
             ("settings =", "dense = { recipe = \"fast\" }\nsettings =", "no loss on answers"),
             ("[\"data/bench.tsv\"]", "[\"data/bench.tsv\"]\nother = [{ data = \"x/bench.tsv\" }]", "called `bench`"),

@@ -10,11 +10,12 @@ use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, s
 use crate::bundle::Bundle;
 use crate::checkpoint::Checkpoint;
 use crate::data::Dataset;
-use crate::eval::{Compared, ModelBench, ModelScores};
+use crate::eval::{ModelBench, ModelScores, PairedComparison};
 use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
 
+use super::auto::AUTO;
 use super::comparison::{DenseRecipe, check_there, parts};
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
@@ -93,10 +94,10 @@ pub fn run(
     let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, part, cancel, on_step)?;
     let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
-    let scores = run.stages.scores(&recipe.calibration, &recipe.plan.strategies, &[count])?;
+    let scores = run.stages.scores(&recipe.calibration, &recipe.plan.planned(), &[count])?;
     let mut plans = Vec::new();
     for name in &recipe.plan.strategies {
-        plans.push(run.plan(&scores, name)?);
+        plans.push(if name == AUTO { run.choose(&scores)? } else { run.plan(&scores, name)? });
     }
     let dense = run.stages.dense_as_made();
     let mut variants = vec![variant(Kind::Dense, "dense".to_string(), dense, 0)];
@@ -145,6 +146,59 @@ impl RecipeRun<'_> {
         self.stages.plan(&format!("plan-{name}"), &recipe.calibration, scores, settings)
     }
 
+    /// The plan of the candidate of `auto` that has the lowest loss on held-back data after a short healing; the first of
+    /// equals. No benchmark is read.
+    fn choose(&mut self, scores: &Finished) -> Result<(Plan, Finished)> {
+        let recipe = self.recipe;
+        let section = &recipe.finetune;
+        let (_, Some(held_back)) = parts(section.held_back)? else {
+            return Err(Error::invalid("plan", "strategy `auto` chooses on held-back data, and none is held back")
+                .remedy("write `held_back = 0.1` into `[finetune]`"));
+        };
+        let read = TextSettings::of(&section.data_options(held_back), None);
+        let settings = section.settings.clone().with(|settings| {
+            let most = recipe.plan.auto.step_tokens;
+            settings.data.step_tokens = Some(settings.data.step_tokens.map_or(most, |own| own.min(most)));
+        });
+        let mut best: Option<(f64, (Plan, Finished))> = None;
+        for name in &recipe.plan.auto.candidates {
+            let (plan, planned) = self.plan(scores, name)?;
+            let pruned = self.pruned(name, &plan, &planned)?;
+            let step = format!("auto-{name}");
+            let options = section.data_options(self.stages.part);
+            let healing = Healing {
+                step: &step,
+                work: &step,
+                trained: Trained::Plan { plan: &plan, digest: &planned.digest },
+                key: ("plan", &planned.digest),
+                data: &section.data,
+                options: &options,
+                samples: section.samples,
+                settings: &settings,
+            };
+            let healed = self.stages.heal(&pruned, &healing)?;
+            let model = (healed.path.as_path(), healed.digest.as_str());
+            let found = self.stages.perplexity(("held-back", &step), model, &section.data, &read)?;
+            self.stages.store.remove(&step)?;
+            let loss = found.mean_loss;
+            self.stages.note(&format!("auto: {name}: held-back loss {loss:.4} after a short healing"));
+            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
+                best = Some((loss, (plan, planned)));
+            }
+        }
+        let (_, chosen) =
+            best.ok_or_else(|| Error::invalid("plan.auto", "has no candidates").remedy("name at least one strategy"))?;
+        self.stages.note(&format!("auto: chose {}", chosen.0.strategy));
+        Ok(chosen)
+    }
+
+    /// The model pruned by a plan.
+    fn pruned(&mut self, name: &str, plan: &Plan, planned: &Finished) -> Result<Finished> {
+        let drop = Drop::Plan { plan, digest: planned.digest.clone(), file: &planned.path };
+        let settings = (&self.recipe.prune, &self.recipe.calibration);
+        self.stages.prune(&format!("pruned-{name}"), &drop, settings, &[("plan", &planned.digest)])
+    }
+
     /// The dense model finetuned on the samples of healing: all its layers, and as many as the plan finetunes.
     fn dense(&mut self, dense: &DenseRecipe, plan: &Plan, variants: &mut Vec<Variant>) -> Result<()> {
         let recipe = self.recipe;
@@ -178,9 +232,7 @@ impl RecipeRun<'_> {
     /// Pruned model and finetuned model of one strategy.
     fn strategy(&mut self, name: &str, plan: &Plan, planned: &Finished, variants: &mut Vec<Variant>) -> Result<()> {
         let recipe = self.recipe;
-        let drop = Drop::Plan { plan, digest: planned.digest.clone(), file: &planned.path };
-        let pruned =
-            self.stages.prune(&format!("pruned-{name}"), &drop, &recipe.prune, &[("plan", &planned.digest)])?;
+        let pruned = self.pruned(name, plan, planned)?;
         let healed = self.stages.heal(
             &pruned,
             &Healing {
@@ -195,8 +247,9 @@ impl RecipeRun<'_> {
             },
         )?;
         let dropped = plan.drop.len();
-        variants.push(variant(Kind::Dropped, format!("{name}, dropped"), pruned, dropped));
-        variants.push(variant(Kind::Healed, format!("{name}, finetuned"), healed, dropped));
+        let label = if name == AUTO { format!("{AUTO} ({})", plan.strategy) } else { name.to_string() };
+        variants.push(variant(Kind::Dropped, format!("{label}, dropped"), pruned, dropped));
+        variants.push(variant(Kind::Healed, format!("{label}, finetuned"), healed, dropped));
         Ok(())
     }
 
@@ -213,7 +266,7 @@ impl RecipeRun<'_> {
         }
         let of = |kind: Kind| variants.iter().position(|variant| variant.kind == kind).map(|place| &scores[place]);
         let (dense, finetuned) = (of(Kind::Dense), of(Kind::DenseFinetuned));
-        let against = |own: &ModelScores, other: Option<&ModelScores>| -> Result<Option<Compared>> {
+        let against = |own: &ModelScores, other: Option<&ModelScores>| -> Result<Option<PairedComparison>> {
             other.map_or(Ok(None), |other| steps::compared(&[(own, other)]))
         };
         let mut rows: Vec<TableRow> = Vec::new();

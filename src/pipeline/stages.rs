@@ -17,15 +17,16 @@ use crate::method::{FIT_TOKENS, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
 use super::comparison::{Measure, OtherData, OtherScore};
-use super::recipe::{Calibration, PruneSection};
+use super::prune_section::PruneSection;
+use super::recipe::Calibration;
 use super::steps::{
     self, Drop, Engine, EvalSettings, Finetune, Meter, PlanSettings, PlannedModel, TextSettings, Trained,
 };
-use super::store::{Finished, Store};
+use super::store::{Finished, RunStore};
 
 /// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
-    pub store: Store,
+    pub store: RunStore,
     pub model: &'a Path,
     pub bundle: Bundle,
     pub dense: PlannedModel,
@@ -64,7 +65,7 @@ pub struct Healing<'a> {
 impl<'a> Stages<'a> {
     /// Opens the folder and the dense model.
     ///
-    /// Errors: as `Store::open`, `Bundle::open` and `PlannedModel::of`.
+    /// Errors: as `RunStore::open`, `Bundle::open` and `PlannedModel::of`.
     pub fn open(
         folder: &Path,
         model: &'a Path,
@@ -75,7 +76,7 @@ impl<'a> Stages<'a> {
     ) -> Result<Self> {
         let bundle = Bundle::open(model)?;
         bundle.check_output(folder)?;
-        let store = Store::open(folder)?;
+        let store = RunStore::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
@@ -143,7 +144,8 @@ impl<'a> Stages<'a> {
         scores: &Finished,
         mut settings: PlanSettings,
     ) -> Result<(Plan, Finished)> {
-        let measures = Strategy::named(&settings.strategy)?.measures;
+        let strategy = Strategy::named(&settings.strategy)?;
+        let measures = strategy.measures;
         let needs_data = measures != Measures::Nothing;
         settings.samples = needs_data.then_some(steps::CALIBRATION_SAMPLES);
         settings.fit_tokens = (measures == Measures::HealedLoss).then_some(FIT_TOKENS);
@@ -157,7 +159,7 @@ impl<'a> Stages<'a> {
                 true => {
                     let data = (calibration.data.as_path(), &options);
                     let drawn = (None, calibration.seed, FIT_TOKENS);
-                    Some(Meter::open(bundle, measures, data, drawn, device, cancel)?)
+                    Some(Meter::open(bundle, strategy, data, drawn, device, cancel)?)
                 }
                 false => None,
             };
@@ -166,31 +168,50 @@ impl<'a> Stages<'a> {
         self.report_step(step, &planned);
         let plan = Plan::read(&planned.path)?;
         self.warn_left_out(&plan.left_out);
-        for warning in self.dense.warnings(&plan.drop) {
+        for warning in self.dense.plan_warnings(&plan) {
             (self.on_step)(&format!("warning: {warning}"));
         }
         Ok((plan, planned))
     }
 
-    /// The dense model without layers. `inputs` are further parts of the step's cache key.
+    /// The dense model without layers, and with what makes up for them where the settings say so. `inputs` are further parts of
+    /// the step's cache key.
     ///
-    /// Errors: as `steps::prune`.
+    /// Errors: as `steps::prune` and `steps::compensate`.
     pub fn prune(
         &mut self,
         step: &str,
         drop: &Drop,
-        settings: &PruneSection,
+        (settings, calibration): (&PruneSection, &Calibration),
         inputs: &[(&str, &str)],
     ) -> Result<Finished> {
-        let all: Vec<(&str, &str)> =
+        let mut all: Vec<(&str, &str)> =
             std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
-        let bundle = &self.bundle;
-        let mut set_aside = Vec::new();
-        let pruned = self.store.step(step, step, &all, settings, |path| {
-            set_aside = steps::prune(bundle, drop, settings.deepstack, None, path)?.set_aside;
+        let options = calibration.data_options(self.part);
+        let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
+        let subset = Subset { amount: Amount::Samples(steps::CALIBRATION_SAMPLES), seed: calibration.seed };
+        let compensation = settings.compensation(subset)?;
+        let fitted_on = match compensation {
+            Some(_) => Some(Dataset::open_for(&calibration.data, bundle, &options)?.digest()?),
+            None => None,
+        };
+        all.extend(fitted_on.iter().map(|digest| ("data", digest.as_str())));
+        let (mut set_aside, mut left_out) = (Vec::new(), LeftOut::default());
+        let key = (settings, compensation.map(|_| (subset, &options)));
+        let make = |path: &Path| {
+            let data = (calibration.data.as_path(), &options);
+            let fit = |settings| steps::compensate(bundle, drop.layers().1, data, &settings, device, cancel);
+            let compensated = compensation.map(fit).transpose()?;
+            set_aside = steps::prune(bundle, drop, settings.deepstack, compensated.as_ref(), path)?.set_aside;
+            left_out = compensated.map(|own| own.left_out).unwrap_or_default();
             Ok(())
-        })?;
+        };
+        let pruned = match key {
+            (settings, None) => self.store.step(step, step, &all, settings, make)?,
+            key => self.store.step(step, step, &all, &key, make)?,
+        };
         self.report_step(step, &pruned);
+        self.warn_left_out(&left_out);
         for variant in set_aside {
             (self.on_step)(&format!("warning: `{}` is set aside: {}", variant.file, variant.problem));
         }
@@ -280,7 +301,7 @@ impl<'a> Stages<'a> {
 
     /// True when `answers` would find all answers in the cache.
     ///
-    /// Errors: as `Store::is_done`.
+    /// Errors: as `RunStore::is_done`.
     pub fn answered(
         &self,
         label: &str,
@@ -321,7 +342,7 @@ impl<'a> Stages<'a> {
 
     /// True when `perplexity` would read nothing with the model.
     ///
-    /// Errors: as `Store::is_done`.
+    /// Errors: as `RunStore::is_done`.
     pub fn read(
         &self,
         (name, label): (&str, &str),

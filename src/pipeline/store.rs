@@ -42,7 +42,7 @@ pub struct StepState {
 }
 
 /// A run's folder and its finished steps.
-pub struct Store {
+pub struct RunStore {
     folder: PathBuf,
     state: RunState,
 }
@@ -66,7 +66,7 @@ struct Key<'a, S> {
     settings: &'a S,
 }
 
-impl Store {
+impl RunStore {
     /// Opens the folder of a run; it may be new or hold an earlier run.
     ///
     /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run.
@@ -88,7 +88,7 @@ impl Store {
             write_json(&path, &state)?;
             state
         };
-        Ok(Store { folder: folder.to_path_buf(), state })
+        Ok(RunStore { folder: folder.to_path_buf(), state })
     }
 
     /// The run's folder.
@@ -102,7 +102,7 @@ impl Store {
     }
 
     /// Runs a step unless its output exists unchanged, from the same inputs and settings, or was removed by
-    /// [`Store::remove`].
+    /// [`RunStore::remove`].
     ///
     /// `output` is the name of the file or folder that `work` must create; `inputs` are the digests of the files that
     /// it reads. An output of an earlier run from other inputs is replaced.
@@ -123,7 +123,7 @@ impl Store {
             if done.is(&key, &path)? {
                 return Ok(Finished { path, digest: done.digest.clone(), reused: true });
             }
-            self.forget(name)?;
+            self.remove_step(name)?;
         }
         if path.exists() {
             return Err(Error::invalid(format!("output `{}`", path.display()), "exists, and no finished step made it")
@@ -142,7 +142,7 @@ impl Store {
         Ok(Finished { path, digest, reused: false })
     }
 
-    /// True when [`Store::step`] would not run the step again.
+    /// True when [`RunStore::step`] would not run the step again.
     ///
     /// Errors: `Error::Io` when the output cannot be read.
     pub fn is_done<S: Serialize>(&self, name: &str, inputs: &[(&str, &str)], settings: &S) -> Result<bool> {
@@ -164,7 +164,7 @@ impl Store {
     /// Removes a finished step and its output.
     ///
     /// Errors: `Error::Io`.
-    pub fn forget(&mut self, name: &str) -> Result<()> {
+    pub fn remove_step(&mut self, name: &str) -> Result<()> {
         let Some(done) = self.state.steps.get(name) else { return Ok(()) };
         if !done.removed {
             remove(&self.folder.join(&done.output))?;
@@ -243,16 +243,16 @@ mod tests {
     fn a_finished_step_is_reused_by_a_later_run() {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
-        let first = Store::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, write("x")).unwrap();
+        let first = RunStore::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, write("x")).unwrap();
         assert!(!first.reused);
-        let again = Store::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, never).unwrap();
+        let again = RunStore::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, never).unwrap();
         assert!(again.reused && again.digest == first.digest);
     }
 
     #[test]
     fn a_step_runs_again_if_inputs_settings_or_output_change() {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path()).unwrap();
+        let mut store = RunStore::open(folder.path()).unwrap();
         store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
         assert!(!store.step("s", "o", &[("model", "b")], &1, write("2")).unwrap().reused);
         assert!(!store.step("s", "o", &[("model", "b")], &2, write("3")).unwrap().reused);
@@ -264,16 +264,16 @@ mod tests {
     #[test]
     fn a_step_with_a_removed_output_counts_as_done_until_forgotten() {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path()).unwrap();
+        let mut store = RunStore::open(folder.path()).unwrap();
         let first = store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
         store.remove("s").unwrap();
         assert!(!first.path.exists());
-        let mut store = Store::open(folder.path()).unwrap();
+        let mut store = RunStore::open(folder.path()).unwrap();
         assert!(store.is_done("s", &[("model", "a")], &1).unwrap());
         assert!(!store.is_done("s", &[("model", "b")], &1).unwrap() && !store.is_done("t", &[], &1).unwrap());
         let again = store.step("s", "o", &[("model", "a")], &1, never).unwrap();
         assert!(again.reused && again.digest == first.digest && !again.path.exists());
-        store.forget("s").unwrap();
+        store.remove_step("s").unwrap();
         assert!(!store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap().reused);
         assert!(first.path.exists());
         // A foreign file at the path of a removed output is neither used nor changed.
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn a_failed_step_is_not_recorded() {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path()).unwrap();
+        let mut store = RunStore::open(folder.path()).unwrap();
         let error = store.step("s", "o", &[], &1, never).unwrap_err().to_string();
         assert_eq!(error, "step: was done again");
         let error = store.step("s", "o", &[], &1, |_| Ok(())).unwrap_err().to_string();
@@ -299,9 +299,9 @@ mod tests {
     fn files_that_no_run_created_are_not_touched() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("thesis.txt"), "dear").unwrap();
-        assert!(Store::open(folder.path()).err().unwrap().to_string().contains("no run of interlace"));
+        assert!(RunStore::open(folder.path()).err().unwrap().to_string().contains("no run of interlace"));
         let run = tempfile::tempdir().unwrap();
-        let mut store = Store::open(run.path()).unwrap();
+        let mut store = RunStore::open(run.path()).unwrap();
         fs::write(run.path().join("o"), "mine").unwrap();
         let error = store.step("s", "o", &[], &1, write("1")).unwrap_err().to_string();
         assert!(error.contains("exists, and no finished step made it"), "{error}");

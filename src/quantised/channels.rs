@@ -6,7 +6,7 @@ use crate::base::Result;
 use crate::checkpoint::{floats, from_floats};
 use crate::ir::{Body, DataType, GraphIndex, Node, Tensor, ValueId};
 
-use super::layout::Layout;
+use super::layout::WeightLayout;
 
 /// A quantised matrix whose rows are those of the checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,7 +18,7 @@ pub struct Channels {
     /// Initializer of the zero points, as many; 0 without them.
     pub zeros: Option<ValueId>,
     /// Order of the numbers.
-    layout: Layout,
+    layout: WeightLayout,
     /// Sizes of the weight's axes.
     dims: Vec<u64>,
     /// True for int8, false for uint8.
@@ -48,6 +48,56 @@ pub const RANGES: &[Range8] = &[
     Range8 { name: "asymmetric", signed: false, least: 0.0, most: 255.0, symmetric: false },
     Range8 { name: "asymmetric, reduced range", signed: false, least: 0.0, most: 127.0, symmetric: false },
 ];
+
+/// Rounded numbers, with the scale and the zero point of each group.
+pub struct Rounded {
+    /// One byte each, int8 or uint8 as the scheme says, in the order of the floats.
+    pub numbers: Vec<u8>,
+    /// Scales of the groups.
+    pub scales: Vec<f32>,
+    /// Zero points of the groups in the numbers' element type.
+    pub zeros: Vec<u8>,
+}
+
+impl Range8 {
+    /// All 256 values of uint8, each group by its own range: the scheme that `export` writes.
+    ///
+    /// Products of unsigned with signed 8-bit integers saturate on processors without VNNI; of two unsigned ones they do not.
+    pub const UNSIGNED: &Range8 = &RANGES[4];
+
+    /// Floats rounded in groups of this many, each by its own least and greatest number.
+    pub fn rounded(&self, values: &[f32], group: usize) -> Rounded {
+        let mut rounded = Rounded { numbers: Vec::with_capacity(values.len()), scales: Vec::new(), zeros: Vec::new() };
+        for part in values.chunks(group.max(1)) {
+            let low = part.iter().copied().fold(0.0, f32::min);
+            let high = part.iter().copied().fold(0.0, f32::max);
+            let (scale, zero) = self.scale_and_zero(low, high);
+            let (least, most) = if self.signed { (-128.0, 127.0) } else { (0.0, 255.0) };
+            let quantised = |&number: &f32| ((number / scale).round_ties_even() + zero).clamp(least, most);
+            rounded.numbers.extend(part.iter().map(|number| self.byte(quantised(number))));
+            rounded.scales.push(scale);
+            rounded.zeros.push(self.byte(zero));
+        }
+        rounded
+    }
+
+    /// Scale and zero point of numbers from `low` (at most 0) to `high` (at least 0).
+    pub fn scale_and_zero(&self, low: f32, high: f32) -> (f32, f32) {
+        let (low, high) = if self.symmetric { (-high.max(-low), high.max(-low)) } else { (low, high) };
+        let exact = f64::from(high - low) / (self.most - self.least);
+        let (scale, zero) = match (exact < f64::from(f32::MIN_POSITIVE), self.symmetric) {
+            (true, _) => (1.0, 0.0),
+            (false, true) => (exact as f32, ((self.least + self.most) / 2.0).round_ties_even()),
+            (false, false) => (exact as f32, (self.least - f64::from(low) / exact).round_ties_even()),
+        };
+        (scale, zero as f32)
+    }
+
+    /// A number of the scheme's range as it is stored.
+    pub fn byte(&self, number: f32) -> u8 {
+        if self.signed { number as i8 as u8 } else { number as u8 }
+    }
+}
 
 /// Bytes of numbers, scales and zero points.
 type Bytes = (Vec<u8>, Vec<u8>, Vec<u8>);
@@ -151,7 +201,7 @@ impl Channels {
         let axis = if axis < 0 { axis + rank as i64 } else { axis };
         let per_row = count > 1;
         // With one scale for all, the order that the checkpoint's rows have is found by trying both.
-        let layout = if per_row && axis == 0 { Layout::Rows } else { Layout::Columns };
+        let layout = if per_row && axis == 0 { WeightLayout::Rows } else { WeightLayout::Columns };
         let fits = rank == 2
             && tensor(body, scales)?.dtype == DataType::Float
             && (!per_row || weight.dims.get(usize::try_from(axis).ok()?) == Some(&count))
@@ -166,7 +216,7 @@ impl Channels {
 
     /// The same numbers read in the other order of the two axes; `None` where the scales decide the order.
     pub fn turned(&self) -> Option<Self> {
-        let layout = if self.layout == Layout::Rows { Layout::Columns } else { Layout::Rows };
+        let layout = if self.layout == WeightLayout::Rows { WeightLayout::Columns } else { WeightLayout::Rows };
         (!self.per_row).then(|| Channels { layout, ..self.clone() })
     }
 
@@ -183,7 +233,7 @@ impl Channels {
     /// An empty matrix of its size in f32, row by row.
     pub fn shape(&self) -> Tensor {
         let mut dims = self.dims.clone();
-        if self.layout == Layout::Columns {
+        if self.layout == WeightLayout::Columns {
             dims.reverse();
         }
         Tensor::from_bytes(DataType::Float, &dims, Vec::new())
@@ -265,29 +315,8 @@ impl Channels {
 
     fn bytes(&self, values: &[f32], range: &Range8) -> Result<Bytes> {
         let group = if self.per_row { self.columns() } else { values.len() };
-        let (mut rows, mut scales, mut zeros) = (Vec::with_capacity(values.len()), Vec::new(), Vec::new());
-        for part in values.chunks(group.max(1)) {
-            let low = part.iter().copied().fold(0.0, f32::min);
-            let high = part.iter().copied().fold(0.0, f32::max);
-            let (low, high) = match range.symmetric {
-                true => (-high.max(-low), high.max(-low)),
-                false => (low, high),
-            };
-            let exact = f64::from(high - low) / (range.most - range.least);
-            let (scale, zero) = match (exact < f64::from(f32::MIN_POSITIVE), range.symmetric) {
-                (true, _) => (1.0, 0.0),
-                (false, true) => (exact as f32, ((range.least + range.most) / 2.0).round_ties_even()),
-                (false, false) => (exact as f32, (range.least - f64::from(low) / exact).round_ties_even()),
-            };
-            let (least, most) = if self.signed { (-128.0, 127.0) } else { (0.0, 255.0) };
-            let byte = |number: f32| if self.signed { number as i8 as u8 } else { number as u8 };
-            let zero = zero as f32;
-            let quantised = |&number: &f32| ((number / scale).round_ties_even() + zero).clamp(least, most);
-            rows.extend(part.iter().map(|number| byte(quantised(number))));
-            scales.push(scale);
-            zeros.push(byte(zero));
-        }
-        Ok((self.layout.elements(&rows, &self.dims, 1), from_floats(DataType::Float, &scales)?, zeros))
+        let Rounded { numbers, scales, zeros } = range.rounded(values, group);
+        Ok((self.layout.elements(&numbers, &self.dims, 1), from_floats(DataType::Float, &scales)?, zeros))
     }
 
     /// The scheme that makes the graph's bytes out of these values; `None` when none does.

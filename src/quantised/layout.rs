@@ -4,7 +4,7 @@ use crate::ir::Tensor;
 
 /// How the elements of a weight are read as rows of the checkpoint's matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub enum WeightLayout {
     /// All elements are one row: vectors.
     Flat,
     /// Rows along the last axis.
@@ -15,16 +15,16 @@ pub enum Layout {
     Columns,
 }
 
-impl Layout {
+impl WeightLayout {
     /// The layouts that a weight of this shape can have, without those that are the same.
-    pub fn of(dims: &[u64]) -> Vec<Layout> {
-        let mut layouts = vec![Layout::Flat];
+    pub fn of(dims: &[u64]) -> Vec<WeightLayout> {
+        let mut layouts = vec![WeightLayout::Flat];
         if dims.iter().filter(|&&size| size != 1).count() > 1 {
-            layouts.push(Layout::Rows);
+            layouts.push(WeightLayout::Rows);
             if dims.len() > 2 {
-                layouts.push(Layout::Leading);
+                layouts.push(WeightLayout::Leading);
             }
-            layouts.push(Layout::Columns);
+            layouts.push(WeightLayout::Columns);
         }
         layouts
     }
@@ -33,10 +33,10 @@ impl Layout {
     pub fn row_length(self, dims: &[u64]) -> usize {
         let all: u64 = dims.iter().product();
         let length = match self {
-            Layout::Flat => all,
-            Layout::Rows => dims.last().copied().unwrap_or(1),
-            Layout::Leading => all / dims.first().copied().unwrap_or(1).max(1),
-            Layout::Columns => dims.iter().rev().nth(1).copied().unwrap_or(1),
+            WeightLayout::Flat => all,
+            WeightLayout::Rows => dims.last().copied().unwrap_or(1),
+            WeightLayout::Leading => all / dims.first().copied().unwrap_or(1).max(1),
+            WeightLayout::Columns => dims.iter().rev().nth(1).copied().unwrap_or(1),
         };
         length as usize
     }
@@ -45,7 +45,7 @@ impl Layout {
     pub fn rows(self, tensor: &Tensor) -> Vec<u8> {
         let bytes = tensor.bytes();
         match self {
-            Layout::Columns => transposed(bytes, &tensor.dims, tensor.dtype.bits() / 8),
+            WeightLayout::Columns => transposed(bytes, &tensor.dims, tensor.dtype.bits() / 8),
             _ => bytes.to_vec(),
         }
     }
@@ -53,7 +53,7 @@ impl Layout {
     /// The elements in the weight's own order, from those row by row.
     pub fn elements(self, rows: &[u8], dims: &[u64], width: usize) -> Vec<u8> {
         match self {
-            Layout::Columns => {
+            WeightLayout::Columns => {
                 let mut turned = dims.to_vec();
                 let last = turned.len() - 1;
                 turned.swap(last, last - 1);
@@ -91,18 +91,18 @@ mod tests {
     fn columns_are_read_and_written_back_matrix_by_matrix() {
         let dims = [2, 2, 3];
         let tensor = Tensor::from_f32(&dims, &(0..12).map(|n| n as f32).collect::<Vec<_>>());
-        let rows = Layout::Columns.rows(&tensor);
+        let rows = WeightLayout::Columns.rows(&tensor);
         let numbers: Vec<f32> = rows.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect();
         assert_eq!(numbers, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0, 6.0, 9.0, 7.0, 10.0, 8.0, 11.0]);
-        assert_eq!(Layout::Columns.row_length(&dims), 2);
-        assert_eq!(Layout::Columns.elements(&rows, &dims, 4), tensor.bytes());
+        assert_eq!(WeightLayout::Columns.row_length(&dims), 2);
+        assert_eq!(WeightLayout::Columns.elements(&rows, &dims, 4), tensor.bytes());
     }
 
     #[test]
     fn a_vector_is_one_row_and_a_convolution_has_a_row_for_each_filter() {
-        assert_eq!(Layout::of(&[1, 1, 8]), [Layout::Flat]);
-        assert_eq!(Layout::Flat.row_length(&[1, 1, 8]), 8);
-        assert!(Layout::of(&[4, 3, 2, 2]).contains(&Layout::Leading));
-        assert_eq!(Layout::Leading.row_length(&[4, 3, 2, 2]), 12);
+        assert_eq!(WeightLayout::of(&[1, 1, 8]), [WeightLayout::Flat]);
+        assert_eq!(WeightLayout::Flat.row_length(&[1, 1, 8]), 8);
+        assert!(WeightLayout::of(&[4, 3, 2, 2]).contains(&WeightLayout::Leading));
+        assert_eq!(WeightLayout::Leading.row_length(&[4, 3, 2, 2]), 12);
     }
 }

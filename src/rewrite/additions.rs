@@ -63,12 +63,12 @@ pub fn shift_additions(analysis: &Analysis, dropped: &[usize]) -> Result<Analysi
     let moved = analyse(&model)?;
     if moved.map.layers.len() != map.layers.len() {
         let problem = format!("{} layers became {}", map.layers.len(), moved.map.layers.len());
-        return Err(not_moved(problem));
+        return Err(move_error(problem));
     }
     Ok(moved)
 }
 
-fn not_moved(problem: impl Into<String>) -> Error {
+fn move_error(problem: impl Into<String>) -> Error {
     Error::unsupported("moving features to other layers", problem)
         .remedy("prune the model that was never pruned, or use `--deepstack keep`")
 }
@@ -85,7 +85,7 @@ fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
     if places.iter().enumerate().any(|(number, &after)| after != number) {
         let problem =
             format!("features are added behind layers {places:?}, expected one behind each of the first layers");
-        return Err(not_moved(problem));
+        return Err(move_error(problem));
     }
     Ok(())
 }
@@ -108,7 +108,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
         let from = before.replace(output).unwrap_or(input);
         if input != from && uncast(body, &index, input) != uncast(body, &index, from) {
             let problem = format!("the stream has another change than the features, before `{}`", graph.name(input));
-            return Err(not_moved(problem));
+            return Err(move_error(problem));
         }
         Ok(Segment { nodes: between(body, &index, from, output), input: from, output })
     };
@@ -123,7 +123,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
         }
     }
     if map.glue.iter().any(|glue| glue.after.is_some() && glue.inputs.is_empty()) {
-        return Err(not_moved("the stream is changed between layers"));
+        return Err(move_error("the stream is changed between layers"));
     }
     // The n-th addition follows the n-th kept layer.
     let mut order = Vec::new();

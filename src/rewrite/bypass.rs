@@ -28,13 +28,22 @@ pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 
 /// bool `[L]`, in graphs of [`bypass_layers_mapped`]: true where a layer's map is read.
 pub const MAPPED_INPUT: &str = "interlace.mapped";
-/// Prefix of the inputs with a layer's map, float32 `[D, D]`: what the layer's last block adds to the stream, times the map,
-/// is added once more. Empty where it is not read.
+/// Prefix of the inputs with a layer's map, float32 `[D, D]`: what the layer's last block adds to the stream, or the stream
+/// after the layer, times the map, is added to that stream. Empty where it is not read.
 pub const MAP_INPUT_PREFIX: &str = "interlace.map_";
 /// Prefix of the outputs with the stream after layer `i`, its map applied.
 pub const BEHIND_OUTPUT_PREFIX: &str = "interlace.behind_";
-/// Prefix of the float32 outputs with what the last block of layer `i` adds to the stream, before its map.
+/// Prefix of the float32 outputs with what the map of layer `i` multiplies.
 pub const ADDED_OUTPUT_PREFIX: &str = "interlace.added_";
+
+/// What a layer's map multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapOf {
+    /// What the layer's last block adds to the stream.
+    Added,
+    /// The stream after the layer.
+    Stream,
+}
 
 /// Result of [`bypass_layers`].
 #[derive(Clone, Debug)]
@@ -52,19 +61,18 @@ pub struct Bypass {
 ///
 /// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output have different types.
 pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
-    bypass(analysis, false)
+    bypass(analysis, None)
 }
 
-/// [`bypass_layers`], with a linear map of what each layer's last block adds to the stream ([`MAP_INPUT_PREFIX`]), and with
-/// outputs that show the stream around every layer: [`STREAM_OUTPUT_PREFIX`], [`BEHIND_OUTPUT_PREFIX`],
+/// [`bypass_layers`], with a linear map behind each layer ([`MAP_INPUT_PREFIX`]), and with outputs that show the stream around every layer: [`STREAM_OUTPUT_PREFIX`], [`BEHIND_OUTPUT_PREFIX`],
 /// [`ADDED_OUTPUT_PREFIX`].
 ///
 /// Errors: as `bypass_layers`.
-pub fn bypass_layers_mapped(analysis: &Analysis) -> Result<Bypass> {
-    bypass(analysis, true)
+pub fn bypass_layers_mapped(analysis: &Analysis, of: MapOf) -> Result<Bypass> {
+    bypass(analysis, Some(of))
 }
 
-fn bypass(analysis: &Analysis, mapped: bool) -> Result<Bypass> {
+fn bypass(analysis: &Analysis, mapped: Option<MapOf>) -> Result<Bypass> {
     let mut model = analysis.model.clone();
     let map = &analysis.map;
     let mut build = Builder::new(&mut model, "bypass");
@@ -75,7 +83,7 @@ fn bypass(analysis: &Analysis, mapped: bool) -> Result<Bypass> {
     let layers = map.layers.len();
     let keep = build.input(KEEP_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)]));
     let mapped =
-        mapped.then(|| build.input(MAPPED_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)])));
+        mapped.map(|of| (of, build.input(MAPPED_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)]))));
     let mut replacements = HashMap::new();
     let mut outputs = Vec::new();
     for layer in &map.layers {
@@ -84,7 +92,7 @@ fn bypass(analysis: &Analysis, mapped: bool) -> Result<Bypass> {
         replacements.insert(layer.output, output);
         if let Some(added) = added {
             build.model.graph.values[added.index()].name = format!("{ADDED_OUTPUT_PREFIX}{}", layer.index);
-            outputs.extend([added, shown(&mut build, output, format!("{BEHIND_OUTPUT_PREFIX}{}", layer.index))]);
+            outputs.extend([added, named_output(&mut build, output, format!("{BEHIND_OUTPUT_PREFIX}{}", layer.index))]);
         }
     }
     tidy::replace_uses(&mut build.model.graph.body, &replacements);
@@ -95,7 +103,7 @@ fn bypass(analysis: &Analysis, mapped: bool) -> Result<Bypass> {
     if restarts || mapped.is_some() {
         for layer in map.layers.iter().skip(1) {
             let stream = replacements.get(&layer.input).copied().unwrap_or(layer.input);
-            outputs.push(shown(&mut build, stream, format!("{STREAM_OUTPUT_PREFIX}{}", layer.index)));
+            outputs.push(named_output(&mut build, stream, format!("{STREAM_OUTPUT_PREFIX}{}", layer.index)));
         }
     }
     model.graph.body.outputs = outputs;
@@ -109,7 +117,7 @@ fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
 }
 
 /// A copy of a stream as an output.
-fn shown(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
+fn named_output(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
     let output = build.node("Identity", &[stream], &[]);
     let ty = build.model.graph.value(stream).ty.clone();
     let value = &mut build.model.graph.values[output.index()];
@@ -120,16 +128,27 @@ fn shown(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
 /// One layer's flags, scalars, and the input with its map.
 struct Flags {
     keep: ValueId,
-    mapped: Option<(ValueId, ValueId)>,
+    mapped: Option<Mapped>,
+}
+
+/// The flag and the input of a layer's map.
+#[derive(Clone, Copy)]
+struct Mapped {
+    of: MapOf,
+    flag: ValueId,
+    map: ValueId,
 }
 
 impl Flags {
-    fn of(build: &mut Builder, layer: usize, keep: ValueId, mapped: Option<ValueId>) -> Self {
+    fn of(build: &mut Builder, layer: usize, keep: ValueId, mapped: Option<(MapOf, ValueId)>) -> Self {
         let index = build.constant(&format!("layer_{layer}"), Tensor::from_i64(&[], &[layer as i64]));
         let mut flag = |flags: ValueId| build.node("Gather", &[flags, index], &[("axis", AttributeKind::Int(0))]);
-        let (keep, mapped) = (flag(keep), mapped.map(&mut flag));
+        let (keep, mapped) = (flag(keep), mapped.map(|(of, flags)| (of, flag(flags))));
         let square = tensor_type(DataType::Float, vec![Dim::Unknown, Dim::Unknown]);
-        let mapped = mapped.map(|flag| (flag, build.input(&format!("{MAP_INPUT_PREFIX}{layer}"), square)));
+        let mapped = mapped.map(|(of, flag)| {
+            let map = build.input(&format!("{MAP_INPUT_PREFIX}{layer}"), square);
+            Mapped { of, flag, map }
+        });
         Flags { keep, mapped }
     }
 }
@@ -160,7 +179,7 @@ fn optional_layer(
     Ok((output, added))
 }
 
-fn carry_body(build: &mut Builder, layer: &Layer, mapped: Option<(ValueId, ValueId)>) -> Body {
+fn carry_body(build: &mut Builder, layer: &Layer, mapped: Option<Mapped>) -> Body {
     let output = build.value();
     let mut body = Body { name: format!("without_layer_{}", layer.index), outputs: vec![output], ..Body::default() };
     body.nodes.push(operator("Identity", &[layer.carried], output, &[]));
@@ -189,13 +208,18 @@ fn inner(
     output
 }
 
-/// Adds the map behind a layer: with `y` its output and `a = y - r` what its last block adds to the stream `r`, the body
-/// gives `y + a map` where the map is read, and `a`.
-fn with_map(build: &mut Builder, body: &mut Body, layer: &Layer, (flag, map): (ValueId, ValueId)) {
+/// Adds the map behind a layer: with `y` its output and `a` what is multiplied, `y` itself or what its last block adds to the
+/// stream, the body gives `y + a map` where the map is read, and `a`.
+fn with_map(build: &mut Builder, body: &mut Body, layer: &Layer, Mapped { of, flag, map }: Mapped) {
     let dtype = build.model.graph.value(layer.output).ty.as_ref().and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let output = inner(build, body, "Cast", &[layer.output], &[to_float()]);
-    let before = inner(build, body, "Cast", &[layer.last_block], &[to_float()]);
-    let added = inner(build, body, "Sub", &[output, before], &[]);
+    let added = match of {
+        MapOf::Stream => inner(build, body, "Identity", &[output], &[]),
+        MapOf::Added => {
+            let before = inner(build, body, "Cast", &[layer.last_block], &[to_float()]);
+            inner(build, body, "Sub", &[output, before], &[])
+        }
+    };
     let mut moved = Body { name: format!("mapped_{}", layer.index), ..Body::default() };
     let product = inner(build, &mut moved, "MatMul", &[added, map], &[]);
     let sum = inner(build, &mut moved, "Add", &[output, product], &[]);
@@ -210,7 +234,7 @@ fn with_map(build: &mut Builder, body: &mut Body, layer: &Layer, (flag, map): (V
 }
 
 /// A copy of the layer's nodes and of the nodes that only this layer uses, with new values.
-fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer, mapped: Option<(ValueId, ValueId)>) -> Body {
+fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer, mapped: Option<Mapped>) -> Body {
     let graph = &build.model.graph;
     let on_path: HashSet<usize> = layer.path.iter().copied().collect();
     let index = GraphIndex::of_body(&graph.body);

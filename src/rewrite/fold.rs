@@ -9,16 +9,16 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Graph, GraphIndex, Model, Node, Tensor, ValueId};
 
 /// Weights by name.
-pub type Weights = BTreeMap<String, Tensor>;
+pub type NamedWeights = BTreeMap<String, Tensor>;
 
 /// The weights of layer `layer` with which its last block adds `a + a change` to the stream in place of `a`. The block must
 /// be a sum of products with float weights of the layer's own, and of biases. In a merged decoder both branches change.
 ///
 /// Errors: `Error::Unsupported` naming the layer and what else its sum consists of; `Error::Invalid` when `change` is not
 /// as wide as the stream.
-pub fn fold_map(analysis: &Analysis, layer: usize, change: &Array2<f32>) -> Result<Weights> {
+pub fn fold_map(analysis: &Analysis, layer: usize, change: &Array2<f32>) -> Result<NamedWeights> {
     let change = change.mapv(f64::from);
-    let mut weights = Weights::new();
+    let mut weights = NamedWeights::new();
     match &analysis.merged {
         Some(merged) => {
             for branch in &merged.branches {
@@ -33,7 +33,7 @@ pub fn fold_map(analysis: &Analysis, layer: usize, change: &Array2<f32>) -> Resu
 /// The model with these weights in place of its own.
 ///
 /// Errors: `Error::Invalid` for a weight that it does not have.
-pub fn with_weights(model: &Model, weights: &Weights) -> Result<Model> {
+pub fn with_weights(model: &Model, weights: &NamedWeights) -> Result<Model> {
     let mut model = model.clone();
     let mut found = HashSet::new();
     let names: Vec<String> = model.graph.values.iter().map(|value| value.name.clone()).collect();
@@ -44,7 +44,7 @@ pub fn with_weights(model: &Model, weights: &Weights) -> Result<Model> {
     }
 }
 
-fn replace<'w>(body: &mut Body, names: &[String], weights: &'w Weights, found: &mut HashSet<&'w String>) {
+fn replace<'w>(body: &mut Body, names: &[String], weights: &'w NamedWeights, found: &mut HashSet<&'w String>) {
     for (id, tensor) in &mut body.initializers {
         if let Some((name, own)) = names.get(id.index()).and_then(|name| weights.get_key_value(name)) {
             *tensor = own.clone();
@@ -69,7 +69,7 @@ pub fn check_fold(analysis: &Analysis, layer: usize) -> Result<()> {
     }
 }
 
-fn fold(graph: &Graph, layer: &Layer, change: &Array2<f64>, weights: &mut Weights) -> Result<()> {
+fn fold(graph: &Graph, layer: &Layer, change: &Array2<f64>, weights: &mut NamedWeights) -> Result<()> {
     for (id, part) in parts_of(graph, layer)? {
         let (name, tensor) = (graph.name(id), graph.body.initializer(id));
         let folded = tensor.and_then(|tensor| part.folded(tensor, change)).ok_or_else(|| {

@@ -41,7 +41,7 @@ impl Series {
         // Grouped by the text around the number, and by the meaning of the number: the place, or
         // the layer before the place.
         let mut frames: BTreeMap<(String, String, bool), Numbered> = BTreeMap::new();
-        for (output, place) in shown(map) {
+        for (output, place) in outputs_with_places(map) {
             let name = graph.name(output);
             for (start, end) in digit_runs(name) {
                 let digits = &name[start..end];
@@ -113,7 +113,7 @@ impl Series {
 }
 
 /// Outputs that show the stream at exactly one place, including the result.
-fn shown(map: &LayerMap) -> impl Iterator<Item = (ValueId, usize)> + '_ {
+fn outputs_with_places(map: &LayerMap) -> impl Iterator<Item = (ValueId, usize)> + '_ {
     let taps = map.taps.iter().filter(|tap| tap.inside.is_empty());
     let places = taps.filter_map(|tap| match tap.places[..] {
         [place] => Some((tap.output, place)),

@@ -17,7 +17,7 @@ pub struct Joined {
 
 /// A model whose weights and functions are in a [`Joined`].
 #[derive(Debug)]
-pub struct Part<'a> {
+pub struct JoinedPart<'a> {
     model: &'a Model,
     /// The weights' ids in the joined model.
     weights: HashMap<ValueId, ValueId>,
@@ -37,7 +37,7 @@ impl Joined {
     ///
     /// Errors: `Error::Unsupported` when the operator sets differ from those of earlier parts, or when both define a
     /// function of the same name.
-    pub fn part<'a>(&mut self, name: &str, model: &'a Model) -> Result<Part<'a>> {
+    pub fn part<'a>(&mut self, name: &str, model: &'a Model) -> Result<JoinedPart<'a>> {
         add_opsets_and_functions(&mut self.model, model, name)?;
         let mut weights = HashMap::new();
         for (id, tensor) in &model.graph.body.initializers {
@@ -47,14 +47,14 @@ impl Joined {
             self.model.graph.body.initializers.push((moved, tensor.clone()));
             weights.insert(*id, moved);
         }
-        Ok(Part { model, weights })
+        Ok(JoinedPart { model, weights })
     }
 
     /// A copy of a part's nodes. Names of its values begin with `copy/`. `bound` maps inputs of the part to values of
     /// the joined model.
     ///
     /// Errors: `Error::Invalid` when an input is not bound.
-    pub fn inline(&mut self, part: &Part<'_>, copy: &str, bound: &HashMap<ValueId, ValueId>) -> Result<Inlined> {
+    pub fn inline(&mut self, part: &JoinedPart<'_>, copy: &str, bound: &HashMap<ValueId, ValueId>) -> Result<Inlined> {
         let graph = &part.model.graph;
         let mut ids = Vec::with_capacity(graph.values.len());
         for (index, value) in graph.values.iter().enumerate() {
@@ -91,17 +91,17 @@ impl Joined {
 }
 
 /// Nodes of one scope of a [`Joined`], in execution order.
-pub struct Scope<'a> {
+pub struct JoinScope<'a> {
     /// The model whose arena holds the values.
     pub joined: &'a mut Joined,
     /// The nodes so far.
     pub nodes: Vec<Node>,
 }
 
-impl<'a> Scope<'a> {
+impl<'a> JoinScope<'a> {
     /// A scope without nodes.
     pub fn new(joined: &'a mut Joined) -> Self {
-        Scope { joined, nodes: Vec::new() }
+        JoinScope { joined, nodes: Vec::new() }
     }
 
     /// Adds a node of the default domain with one output named `name`, and returns the output.
@@ -132,7 +132,12 @@ impl<'a> Scope<'a> {
     /// Adds a copy of a part and returns its outputs.
     ///
     /// Errors: as [`Joined::inline`].
-    pub fn inline(&mut self, part: &Part<'_>, copy: &str, bound: &HashMap<ValueId, ValueId>) -> Result<Vec<ValueId>> {
+    pub fn inline(
+        &mut self,
+        part: &JoinedPart<'_>,
+        copy: &str,
+        bound: &HashMap<ValueId, ValueId>,
+    ) -> Result<Vec<ValueId>> {
         let inlined = self.joined.inline(part, copy, bound)?;
         self.nodes.extend(inlined.nodes);
         Ok(inlined.outputs)

@@ -32,7 +32,7 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
         gone_inputs
             .extend(dropped.iter().flat_map(|&layer| &branch.map.layers[layer].ports).filter_map(|port| port.past));
         merge_ports(&mut ports, branch, &merged.original.graph.body.nodes[merged.node].outputs);
-        put_back(&mut model, merged.node, branch.attribute, part, known);
+        restore_branch(&mut model, merged.node, branch.attribute, part, known);
     }
     let (Some(stays), Some(ports)) = (stays, ports) else {
         return Err(Error::invalid(subject(), "has no branches"));
@@ -116,7 +116,7 @@ fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<
 }
 
 /// Puts a branch back into its `If`. Values that the removal created get ids in the whole model's arena.
-fn put_back(model: &mut Model, node: usize, attribute: usize, mut part: Model, known: usize) {
+fn restore_branch(model: &mut Model, node: usize, attribute: usize, mut part: Model, known: usize) {
     let mut new_ids: HashMap<ValueId, ValueId> = HashMap::new();
     let values = std::mem::take(&mut part.graph.values);
     let graph = &mut model.graph;

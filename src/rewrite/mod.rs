@@ -1,10 +1,12 @@
 //! Rewrites of a graph. Each takes a model by reference and returns a new one that shares the weights.
 
 mod additions;
+mod behind;
 mod build;
 mod bypass;
 mod cut;
 mod drop_layers;
+mod drop_mlps;
 mod fold;
 mod fuse;
 mod fuse_attention;
@@ -17,28 +19,33 @@ mod merged;
 mod opset;
 mod removal;
 mod renumber;
+mod standard;
 mod tap;
 mod tidy;
 mod widen;
 
 pub use additions::{has_additions, shift_additions};
+pub use behind::{Behind, change_behind, check_behind};
 pub use build::ADDED_PREFIX;
 pub use bypass::{
-    ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, Bypass, KEEP_INPUT, LOSS_OUTPUT, MAP_INPUT_PREFIX, MAPPED_INPUT,
+    ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, Bypass, KEEP_INPUT, LOSS_OUTPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, MapOf,
     RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers, tap_changes};
-pub use fold::{Weights, check_fold, fold_map, with_weights};
+pub use drop_mlps::drop_mlps;
+pub use fold::{NamedWeights, check_fold, fold_map, with_weights};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
 pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
-pub use join::{Inlined, Joined, Part, Scope};
+pub use join::{Inlined, JoinScope, Joined, JoinedPart};
 pub use opset::raise_opset;
+pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
-pub use widen::widened;
+pub use tidy::{finish, remove_dead_code};
+pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,8 @@ use crate::ir::{Attribute, AttributeKind, Body, DataType, Graph, Model, Tensor, 
 use super::build::{ADDED_PREFIX, operator};
 
 /// Attributes that hold an element type, over all operators.
-const TYPE_ATTRIBUTES: &[&str] = &["to", "dtype", "output_dtype", "output_datatype", "softmax_precision", "stash_type"];
+pub const TYPE_ATTRIBUTES: &[&str] =
+    &["to", "dtype", "output_dtype", "output_datatype", "softmax_precision", "stash_type"];
 
 /// The model with f32 in place of f16 and bf16; its results differ by rounding only. Weights stay in the file's type,
 /// each followed by a cast. `None` when the model has no 16-bit floats.

@@ -6,7 +6,7 @@ use super::inputs::{Input, InputKind, presents_of, unknown};
 use super::port::Port;
 use super::session::{Outputs, Session};
 use super::step::Step;
-use super::tensor::Tensor;
+use super::tensor::TensorValue;
 
 /// One cache slot.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,7 +38,7 @@ pub struct Decoder {
 /// Keys and values of the positions seen so far, in the graph's own layout.
 #[derive(Debug)]
 pub struct KvCache {
-    tensors: Vec<Tensor>,
+    tensors: Vec<TensorValue>,
     length: usize,
 }
 
@@ -49,7 +49,7 @@ impl KvCache {
     }
 
     /// One tensor per cache slot, in the order of `Decoder::slots`.
-    pub fn tensors(&self) -> &[Tensor] {
+    pub fn tensors(&self) -> &[TensorValue] {
         &self.tensors
     }
 }
@@ -60,7 +60,7 @@ impl Decoder {
     /// Errors: `Error::Unsupported` naming an input without a known meaning, or a cache input
     /// without a matching output.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
-        Self::understand(session, head_dim, false)
+        Self::from_session(session, head_dim, false)
     }
 
     /// A graph for prefill only, for [`Decoder::prefill_outputs`]. Its cache inputs, if any, stay empty. Inputs without
@@ -68,10 +68,10 @@ impl Decoder {
     ///
     /// Errors: `Error::Unsupported` for a graph without tokens or outputs.
     pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
-        Self::understand(session, head_dim, true)
+        Self::from_session(session, head_dim, true)
     }
 
-    fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
+    fn from_session(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
         let mut inputs = Vec::new();
         let all = match prefill_only {
@@ -186,7 +186,7 @@ impl Decoder {
     ///
     /// Errors: `Error::Invalid` when the step, the cache and the graph do not match; `Error::Unsupported` for a step
     /// after prefill when the graph has no cache inputs; `Error::Engine` when ONNX Runtime fails.
-    pub fn step(&mut self, step: &Step, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
+    pub fn step(&mut self, step: &Step, cache: Option<KvCache>) -> Result<(TensorValue, KvCache)> {
         let fresh = self.feeds(step)?;
         if cache.as_ref().map(KvCache::length) != step.past() {
             let found = cache.as_ref().map_or(0, KvCache::length);
@@ -218,7 +218,7 @@ impl Decoder {
     pub fn prefill_added(
         &mut self,
         step: &Step,
-        added: &[(&str, &Tensor)],
+        added: &[(&str, &TensorValue)],
         wanted: Option<&[&str]>,
     ) -> Result<Outputs> {
         let fresh = self.feeds(step)?;
@@ -232,7 +232,7 @@ impl Decoder {
     ///
     /// Errors: `Error::Invalid` when the step lacks data for an input; `Error::Unsupported` when the step continues a
     /// cache and the graph has no cache inputs.
-    pub fn feeds(&self, step: &Step) -> Result<Vec<(String, Tensor)>> {
+    pub fn feeds(&self, step: &Step) -> Result<Vec<(String, TensorValue)>> {
         if step.has_cache() && self.slots.is_empty() {
             let problem = "has no cache inputs, so it cannot go on from a prefill";
             return Err(Error::unsupported(self.session.subject(), problem)
@@ -246,7 +246,7 @@ impl Decoder {
                 InputKind::Given if step.given(&input.port.name).is_none() => {
                     return Err(unknown(self.session.subject(), &input.port));
                 }
-                _ => Tensor::from_array(input.port.dtype, input.make(step)?)?,
+                _ => TensorValue::from_array(input.port.dtype, input.make(step)?)?,
             };
             fresh.push((input.port.name.clone(), tensor));
         }
@@ -263,7 +263,7 @@ impl Decoder {
 
     /// The empty cache of a prefill: the batch axis is `batch`, the position axis is 0, heads and
     /// head size are the graph's.
-    fn empty_past(&self, port: &Port, batch: usize) -> Result<Tensor> {
+    fn empty_past(&self, port: &Port, batch: usize) -> Result<TensorValue> {
         let open = |axis: usize| {
             Error::unsupported(
                 self.session.subject(),
@@ -288,11 +288,11 @@ impl Decoder {
             });
         }
         if shape.contains(&0) {
-            return Tensor::empty(port.dtype, &shape);
+            return TensorValue::empty(port.dtype, &shape);
         }
         // A state of fixed size (convolution, recurrence) starts as zeros.
         let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).ok_or_else(|| open(0))?;
-        Tensor::from_f32(port.dtype, &shape, vec![0.0; count])
+        TensorValue::from_f32(port.dtype, &shape, vec![0.0; count])
     }
 
     /// Name of the output with the logits.
@@ -312,7 +312,11 @@ impl Decoder {
 }
 
 /// All inputs of a step: the new ones and the cache.
-fn joined<'a>(fresh: &'a [(String, Tensor)], slots: &'a [CacheSlot], cache: &'a KvCache) -> Vec<(&'a str, &'a Tensor)> {
+fn joined<'a>(
+    fresh: &'a [(String, TensorValue)],
+    slots: &'a [CacheSlot],
+    cache: &'a KvCache,
+) -> Vec<(&'a str, &'a TensorValue)> {
     let fresh = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor));
     fresh.chain(slots.iter().map(|slot| slot.past.name.as_str()).zip(&cache.tensors)).collect()
 }

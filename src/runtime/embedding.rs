@@ -9,7 +9,7 @@ use super::inputs::{Input, InputKind, output_kind};
 use super::port::Port;
 use super::session::Session;
 use super::step::{Embedded, Step};
-use super::tensor::Tensor;
+use super::tensor::TensorValue;
 
 /// A token embedding graph whose inputs and outputs all have a known meaning.
 #[derive(Debug)]
@@ -114,10 +114,11 @@ impl TokenEmbedding {
     /// All inputs for one prompt. The prompt's ids must be set, and the `side` data that the graph reads.
     ///
     /// Errors: `Error::Invalid` when the prompt lacks data for an input.
-    pub fn feeds(&self, prompt: &Embedded) -> Result<Vec<(String, Tensor)>> {
+    pub fn feeds(&self, prompt: &Embedded) -> Result<Vec<(String, TensorValue)>> {
         let step = Step::prefill(&[prompt], false)?;
-        let feed =
-            |input: &Input| Ok((input.port.name.clone(), Tensor::from_array(input.port.dtype, input.make(&step)?)?));
+        let feed = |input: &Input| {
+            Ok((input.port.name.clone(), TensorValue::from_array(input.port.dtype, input.make(&step)?)?))
+        };
         self.inputs.iter().map(feed).collect()
     }
 
@@ -126,7 +127,7 @@ impl TokenEmbedding {
     /// Errors: `Error::Invalid` when the graph returns another number of rows; `Error::Engine` when the run fails.
     pub fn run(&mut self, prompt: &Embedded) -> Result<TokenRows> {
         let feeds = self.feeds(prompt)?;
-        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let outputs = self.session.run(&feeds, None)?;
         let tokens = prompt.len();
         let rows = |name: &str| {

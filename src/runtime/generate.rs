@@ -112,7 +112,7 @@ impl VlmSession {
 
     fn decode(&mut self, mut running: Running, sampler: &mut Sampler) -> Result<Running> {
         let rows = self.next_rows(&running.next_tokens, &running.next_positions)?;
-        let step = Step::behind(&rows.iter().collect::<Vec<_>>(), &running.mask, true)?;
+        let step = Step::decode(&rows.iter().collect::<Vec<_>>(), &running.mask, true)?;
         let (logits, cache) = self.decoder.step(&step, Some(running.cache))?;
         running.mask.iter_mut().for_each(|row| row.push(1));
         running.next_positions.iter_mut().for_each(|position| *position += 1);

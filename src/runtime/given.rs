@@ -12,7 +12,7 @@ use crate::prompt::{Array, GivenRow, ImageArrays, Prompt, TensorBatch};
 use super::features::Features;
 use super::inputs::{Input, InputKind};
 use super::port::Port;
-use super::step::{Embedded, Side};
+use super::step::{Embedded, SideValues};
 use super::vlm::{Vision, VlmSession};
 
 /// A row, with facts about its batch.
@@ -47,7 +47,7 @@ impl VlmSession {
             false => row.pictures(self.picture_inputs())?,
         };
         let (positions, next_position) = self.given_positions(prompt, &row)?;
-        let mut side = Side { types: self.token_types(prompt, &own_image), ..Side::default() };
+        let mut side = SideValues { types: self.token_types(prompt, &own_image), ..SideValues::default() };
         row.overlay(&inputs, &mut side)?;
         side.given.extend(row.others(self.embedding_inputs())?);
         let input_ids = prompt.input_ids.clone();
@@ -186,7 +186,7 @@ impl RowInBatch<'_> {
     }
 
     /// Copies the file's tensors for decoder inputs other than embeddings, ids, masks and positions.
-    fn overlay(&self, inputs: &[Input], side: &mut Side) -> Result<()> {
+    fn overlay(&self, inputs: &[Input], side: &mut SideValues) -> Result<()> {
         let mut levels: Vec<(usize, Vec<f32>)> = Vec::new();
         for input in inputs.iter().filter(|input| self.given.array(input).is_some()) {
             let port = &input.port;

@@ -2,10 +2,10 @@
 
 use crate::base::{Error, Result};
 
-use super::tensor::Tensor;
+use super::tensor::TensorValue;
 
 /// Logits of the last position of every row, `[B, V]`.
-pub(super) fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
+pub(super) fn last_logits(logits: &TensorValue, batch: usize) -> Result<Vec<f32>> {
     let shape = logits.shape();
     let [rows, time, vocabulary] = shape[..] else {
         return Err(Error::invalid("logits", format!("have shape {shape:?}, expected [batch, positions, vocabulary]")));
@@ -21,7 +21,7 @@ pub(super) fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
 /// The most probable token of each row at its last position; the first one on ties.
 ///
 /// Errors: `Error::Invalid` unless `logits` has shape `[batch, T, V]` and is not empty.
-pub fn argmax_last(logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
+pub fn argmax_last(logits: &TensorValue, batch: usize) -> Result<Vec<i64>> {
     let last = last_logits(logits, batch)?;
     let vocabulary = last.len() / batch.max(1);
     last.chunks_exact(vocabulary.max(1))

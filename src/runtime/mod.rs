@@ -2,11 +2,11 @@
 //!
 //! ```no_run
 //! use interlace::base::Device;
-//! use interlace::runtime::{Runtime, SessionOptions, Tensor};
+//! use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 //!
 //! let runtime = Runtime::new(Device::Cpu)?;
 //! let mut session = runtime.session("embed_tokens.onnx".as_ref(), &SessionOptions::default())?;
-//! let input_ids = Tensor::new(&[1, 3], vec![5i64, 6, 7])?;
+//! let input_ids = TensorValue::new(&[1, 3], vec![5i64, 6, 7])?;
 //! let outputs = session.run(&[("input_ids", &input_ids)], None)?;
 //! println!("{:?}", outputs.get("inputs_embeds")?.shape());
 //! # Ok::<(), interlace::base::Error>(())
@@ -52,8 +52,8 @@ pub use positions::multimodal_positions;
 pub use profile::{NetworkTimes, Profile};
 pub use sampling::Sampler;
 pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
-pub use step::{Embedded, Side, Step};
-pub use tensor::{Element, Tensor};
+pub use step::{Embedded, SideValues, Step};
+pub use tensor::{TensorElement, TensorValue};
 pub use tract::{InputFact, TractOutcome, tract_check};
 pub use vision::VisionEncoder;
 pub use vlm::{TokenTypes, Vision, VlmSession, VlmSettings};

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::base::{Error, Result};
 
 use super::logits::{argmax_last, last_logits};
-use super::tensor::Tensor;
+use super::tensor::TensorValue;
 
 /// Selects tokens: the most probable one at temperature 0, otherwise a random one from the nucleus.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ impl Sampler {
     /// One token for each row of a batch.
     ///
     /// Errors: as `argmax_last`.
-    pub(super) fn choose(&mut self, logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
+    pub(super) fn choose(&mut self, logits: &TensorValue, batch: usize) -> Result<Vec<i64>> {
         let likeliest = argmax_last(logits, batch)?;
         if self.temperature == 0.0 {
             return Ok(likeliest);
@@ -84,8 +84,8 @@ impl Sampler {
 mod tests {
     use super::*;
 
-    fn logits(values: &[f32]) -> Tensor {
-        Tensor::new(&[1, 1, values.len()], values.to_vec()).expect("logits")
+    fn logits(values: &[f32]) -> TensorValue {
+        TensorValue::new(&[1, 1, values.len()], values.to_vec()).expect("logits")
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::onnx;
 
 use super::backing::Backing;
 use super::port::Port;
-use super::tensor::{Tensor, data_type};
+use super::tensor::{TensorValue, data_type};
 use super::{ENGINE, library};
 
 /// Value 1 makes products of 8-bit integers exact. Without it, processors that lack VNNI add pairs of products of
@@ -70,7 +70,7 @@ pub struct Session {
 #[derive(Debug)]
 pub struct Outputs {
     subject: String,
-    tensors: Vec<(String, Tensor)>,
+    tensors: Vec<(String, TensorValue)>,
 }
 
 impl Runtime {
@@ -204,7 +204,7 @@ impl Session {
     ///
     /// Errors: `Error::Invalid` when an input is missing, unknown to the graph or of another type, or when the graph
     /// has no such output; `Error::Engine` when the run fails.
-    pub fn run(&mut self, feeds: &[(&str, &Tensor)], wanted: Option<&[&str]>) -> Result<Outputs> {
+    pub fn run(&mut self, feeds: &[(&str, &TensorValue)], wanted: Option<&[&str]>) -> Result<Outputs> {
         self.check(feeds)?;
         let values: Vec<(&str, ort::session::SessionInputValue<'_>)> =
             feeds.iter().map(|(name, tensor)| (*name, ort::session::SessionInputValue::from(tensor.value()))).collect();
@@ -227,7 +227,7 @@ impl Session {
         let tensors = names
             .iter()
             .map(|name| match outputs.remove(*name) {
-                Some(value) => Ok((name.to_string(), Tensor::from_value(value)?)),
+                Some(value) => Ok((name.to_string(), TensorValue::from_value(value)?)),
                 None => Err(Error::engine(ENGINE, self.subject.clone(), format!("it gave no output `{name}`"))),
             })
             .collect::<Result<Vec<_>>>()?;
@@ -238,7 +238,7 @@ impl Session {
     /// next call can use them without a copy. On the CPU this equals `run`.
     ///
     /// Errors: as `run`.
-    pub fn run_keeping(&mut self, feeds: &[(&str, &Tensor)], stay: impl Fn(&str) -> bool) -> Result<Outputs> {
+    pub fn run_keeping(&mut self, feeds: &[(&str, &TensorValue)], stay: impl Fn(&str) -> bool) -> Result<Outputs> {
         let Device::Cuda(index) = self.device else {
             return self.run(feeds, None);
         };
@@ -263,14 +263,14 @@ impl Session {
             .outputs
             .iter()
             .map(|port| match outputs.remove(port.name.as_str()) {
-                Some(value) => Ok((port.name.clone(), Tensor::from_value(value)?)),
+                Some(value) => Ok((port.name.clone(), TensorValue::from_value(value)?)),
                 None => Err(Error::engine(ENGINE, subject.clone(), format!("it gave no output `{}`", port.name))),
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Outputs { subject: subject.clone(), tensors })
     }
 
-    fn check(&self, feeds: &[(&str, &Tensor)]) -> Result<()> {
+    fn check(&self, feeds: &[(&str, &TensorValue)]) -> Result<()> {
         for port in &self.inputs {
             let Some((_, tensor)) = feeds.iter().find(|(name, _)| *name == port.name) else {
                 return Err(Error::invalid(self.subject.clone(), format!("input `{}` was not given", port.name)));
@@ -304,13 +304,13 @@ impl std::fmt::Debug for Session {
 
 impl Outputs {
     /// A result by name. Errors: `Error::Invalid` when the run has no such output.
-    pub fn get(&self, name: &str) -> Result<&Tensor> {
+    pub fn get(&self, name: &str) -> Result<&TensorValue> {
         let found = self.tensors.iter().find(|(key, _)| key == name).map(|(_, tensor)| tensor);
         found.ok_or_else(|| self.missing(name))
     }
 
     /// Removes and returns a result. Errors: `Error::Invalid` when the run has no such output.
-    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+    pub fn take(&mut self, name: &str) -> Result<TensorValue> {
         match self.tensors.iter().position(|(key, _)| key == name) {
             Some(position) => Ok(self.tensors.swap_remove(position).1),
             None => Err(self.missing(name)),
@@ -318,7 +318,7 @@ impl Outputs {
     }
 
     /// All results in the requested order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorValue)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
@@ -361,7 +361,7 @@ mod tests {
                 let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/embed_tokens.onnx");
                 let embedded = [runtime, Runtime::new(Device::Cpu).expect("ONNX Runtime")].map(|runtime| {
                     let mut session = runtime.session(&path, &SessionOptions::default()).expect("a session");
-                    let ids = Tensor::new(&[1, 3], vec![5i64, 6, 7]).expect("ids");
+                    let ids = TensorValue::new(&[1, 3], vec![5i64, 6, 7]).expect("ids");
                     let outputs = session.run(&[("input_ids", &ids)], None).expect("a run");
                     outputs.get("inputs_embeds").expect("an output").to_f32().expect("numbers").to_vec()
                 });

@@ -25,12 +25,12 @@ pub struct Embedded {
     /// The position of the first generated token.
     pub next_position: i64,
     /// Further per-token inputs.
-    pub side: Side,
+    pub side: SideValues,
 }
 
 /// Further inputs of some decoders, per token.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Side {
+pub struct SideValues {
     /// True at image tokens; empty when there are none.
     pub image: Vec<bool>,
     /// `token_type_ids`; empty when all are 0.
@@ -64,7 +64,14 @@ impl Embedded {
     pub fn text(input_ids: &[i64], hidden_size: usize, data: Vec<f32>, first: i64, rows: usize) -> Self {
         let next_position = first + input_ids.len() as i64;
         let positions = vec![(first..next_position).collect(); rows.max(1)];
-        Embedded { input_ids: input_ids.to_vec(), hidden_size, data, positions, next_position, side: Side::default() }
+        Embedded {
+            input_ids: input_ids.to_vec(),
+            hidden_size,
+            data,
+            positions,
+            next_position,
+            side: SideValues::default(),
+        }
     }
 
     /// A range of the tokens.
@@ -89,7 +96,7 @@ impl Embedded {
             data: cut(&self.data),
             positions: self.positions.iter().map(|row| part(row)).collect(),
             next_position: self.next_position,
-            side: Side {
+            side: SideValues {
                 types: part(&self.side.types),
                 deepstack: self.side.deepstack.iter().map(level).collect(),
                 levels: self.side.levels.clone(),
@@ -163,7 +170,7 @@ impl Step {
     /// A step after a cache. `past` is the mask of each row's cache columns: 0 at padding.
     ///
     /// Errors: as `prefill`, and when the numbers of masks and rows differ.
-    pub fn behind(rows: &[&Embedded], past: &[Vec<i64>], last_only: bool) -> Result<Self> {
+    pub fn decode(rows: &[&Embedded], past: &[Vec<i64>], last_only: bool) -> Result<Self> {
         Step::new(rows, Some(past), Padding::Left, last_only)
     }
 

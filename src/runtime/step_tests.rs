@@ -61,12 +61,12 @@ fn shorter_rows_are_padded_on_the_right_in_training() {
 #[test]
 fn a_step_after_a_cache_attends_to_the_cached_positions() {
     let next = Embedded::text(&[4], 0, Vec::new(), 7, 3);
-    let step = Step::behind(&[&next, &next], &[vec![1, 1], vec![0, 1]], true).unwrap();
+    let step = Step::decode(&[&next, &next], &[vec![1, 1], vec![0, 1]], true).unwrap();
     assert_eq!(integers(&step.attention_mask()), [1, 1, 1, 0, 1, 1]);
     assert_eq!(integers(&step.cache_position()), [2]);
     assert_eq!(integers(&step.position_ids(true).unwrap()), [7; 6]);
     assert_eq!((step.past(), step.has_cache()), (Some(2), true));
-    let error = refusal(Step::behind(&[&next], &[vec![1], vec![1]], true));
+    let error = refusal(Step::decode(&[&next], &[vec![1], vec![1]], true));
     assert_eq!(error, "step: 1 rows, masks of 2 cached rows");
     let error = refusal(step.embeddings(None));
     assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");

@@ -16,17 +16,17 @@ use super::ENGINE;
 
 /// A dense tensor owned by ONNX Runtime, on the CPU or on a device. Passing it between calls does not copy it.
 #[derive(Debug)]
-pub struct Tensor(DynTensor);
+pub struct TensorValue(DynTensor);
 
 /// Rust types of tensor elements.
-pub trait Element: PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static {
+pub trait TensorElement: PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static {
     /// The ONNX type of `Self`.
     const DTYPE: DataType;
 }
 
 macro_rules! elements {
     ($($ty:ty => $dtype:ident),* $(,)?) => {
-        $(impl Element for $ty {
+        $(impl TensorElement for $ty {
             const DTYPE: DataType = DataType::$dtype;
         })*
     };
@@ -65,11 +65,11 @@ pub(super) fn element_type(dtype: DataType) -> Result<TensorElementType> {
         .ok_or_else(|| Error::unsupported(format!("tensor of {dtype}"), "cannot be fed to ONNX Runtime"))
 }
 
-impl Tensor {
+impl TensorValue {
     /// A tensor of `shape` over `data` in row-major order.
     ///
     /// Errors: `Error::Invalid` when the shape does not have exactly `data.len()` elements.
-    pub fn new<T: Element>(shape: &[usize], data: Vec<T>) -> Result<Self> {
+    pub fn new<T: TensorElement>(shape: &[usize], data: Vec<T>) -> Result<Self> {
         let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim));
         if count != Some(data.len()) {
             return Err(Error::invalid("tensor", format!("shape {shape:?} does not hold {} elements", data.len())));
@@ -79,7 +79,7 @@ impl Tensor {
         }
         let tensor =
             ort::value::Tensor::from_array((shape.to_vec(), data)).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
-        Ok(Tensor(tensor.upcast()))
+        Ok(TensorValue(tensor.upcast()))
     }
 
     /// A tensor without elements: at least one axis of `shape` is 0.
@@ -92,13 +92,13 @@ impl Tensor {
         let dims: Vec<i64> = shape.iter().map(|&dim| dim as i64).collect();
         let tensor = DynTensor::new(&Allocator::default(), element_type(dtype)?, dims)
             .map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
-        Ok(Tensor(tensor))
+        Ok(TensorValue(tensor))
     }
 
     pub(super) fn from_value(value: DynValue) -> Result<Self> {
         value
             .downcast::<DynTensorValueType>()
-            .map(Tensor)
+            .map(TensorValue)
             .map_err(|e| Error::engine(ENGINE, "a value that is not a tensor", e))
     }
 
@@ -122,7 +122,7 @@ impl Tensor {
     /// The elements in row-major order.
     ///
     /// Errors: `Error::Engine` when the element type differs or the tensor is not in CPU memory.
-    pub fn data<T: Element>(&self) -> Result<&[T]> {
+    pub fn data<T: TensorElement>(&self) -> Result<&[T]> {
         self.0.try_extract_tensor::<T>().map(|(_, data)| data).map_err(|e| Error::engine(ENGINE, "a tensor", e))
     }
 
@@ -158,7 +158,7 @@ impl Tensor {
         let bytes = tensor.bytes();
         macro_rules! copy {
             ($ty:ty) => {
-                Tensor::new(&shape, bytes.as_chunks().0.iter().map(|chunk| <$ty>::from_le_bytes(*chunk)).collect())
+                TensorValue::new(&shape, bytes.as_chunks().0.iter().map(|chunk| <$ty>::from_le_bytes(*chunk)).collect())
             };
         }
         match tensor.dtype {
@@ -171,7 +171,7 @@ impl Tensor {
             DataType::Int16 => copy!(i16),
             DataType::Int8 => copy!(i8),
             DataType::Uint8 => copy!(u8),
-            DataType::Bool => Tensor::new(&shape, bytes.iter().map(|&byte| byte != 0).collect()),
+            DataType::Bool => TensorValue::new(&shape, bytes.iter().map(|&byte| byte != 0).collect()),
             dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be copied")),
         }
     }
@@ -196,9 +196,9 @@ impl Tensor {
     pub fn from_array(dtype: DataType, array: Array) -> Result<Self> {
         let shape = array.shape().to_vec();
         match array {
-            Array::Float(array) => Tensor::from_f32(dtype, &shape, elements(array)),
-            Array::Int(array) => Tensor::from_i64(dtype, &shape, elements(array)),
-            Array::Bool(array) => Tensor::from_i64(dtype, &shape, array.iter().map(|&x| i64::from(x)).collect()),
+            Array::Float(array) => TensorValue::from_f32(dtype, &shape, elements(array)),
+            Array::Int(array) => TensorValue::from_i64(dtype, &shape, elements(array)),
+            Array::Bool(array) => TensorValue::from_i64(dtype, &shape, array.iter().map(|&x| i64::from(x)).collect()),
         }
     }
 
@@ -207,10 +207,10 @@ impl Tensor {
     /// Errors: `Error::Unsupported` when `dtype` is not floating-point.
     pub fn from_f32(dtype: DataType, shape: &[usize], data: Vec<f32>) -> Result<Self> {
         match dtype {
-            DataType::Float => Tensor::new(shape, data),
-            DataType::Double => Tensor::new(shape, data.into_iter().map(f64::from).collect()),
-            DataType::Float16 => Tensor::new(shape, data.into_iter().map(f16::from_f32).collect()),
-            DataType::Bfloat16 => Tensor::new(shape, data.into_iter().map(bf16::from_f32).collect()),
+            DataType::Float => TensorValue::new(shape, data),
+            DataType::Double => TensorValue::new(shape, data.into_iter().map(f64::from).collect()),
+            DataType::Float16 => TensorValue::new(shape, data.into_iter().map(f16::from_f32).collect()),
+            DataType::Bfloat16 => TensorValue::new(shape, data.into_iter().map(bf16::from_f32).collect()),
             dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "is not floating-point")),
         }
     }
@@ -220,14 +220,17 @@ impl Tensor {
     /// Errors: `Error::Unsupported` for other types; `Error::Invalid` when an element is out of range.
     pub fn from_i64(dtype: DataType, shape: &[usize], data: Vec<i64>) -> Result<Self> {
         match dtype {
-            DataType::Int64 => Tensor::new(shape, data),
+            DataType::Int64 => TensorValue::new(shape, data),
             DataType::Int32 => {
                 let narrow: Option<Vec<i32>> = data.iter().map(|&x| i32::try_from(x).ok()).collect();
-                Tensor::new(shape, narrow.ok_or_else(|| Error::invalid("tensor of int32", "an element does not fit"))?)
+                TensorValue::new(
+                    shape,
+                    narrow.ok_or_else(|| Error::invalid("tensor of int32", "an element does not fit"))?,
+                )
             }
-            DataType::Bool => Tensor::new(shape, data.into_iter().map(|x| x != 0).collect()),
+            DataType::Bool => TensorValue::new(shape, data.into_iter().map(|x| x != 0).collect()),
             DataType::Float | DataType::Float16 | DataType::Bfloat16 => {
-                Tensor::from_f32(dtype, shape, data.into_iter().map(|x| x as f32).collect())
+                TensorValue::from_f32(dtype, shape, data.into_iter().map(|x| x as f32).collect())
             }
             dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be made from integers")),
         }

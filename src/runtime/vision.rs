@@ -12,7 +12,7 @@ use super::inputs::{Input, InputKind, output_kind, unknown};
 use super::pictures::{array, is_padded, share_a_run, tile_count};
 use super::port::Port;
 use super::session::{Outputs, Session};
-use super::tensor::Tensor;
+use super::tensor::TensorValue;
 
 /// Largest number of tiles in one run of the encoder.
 const TILES_PER_RUN: usize = 32;
@@ -136,7 +136,7 @@ impl VisionEncoder {
     /// All inputs for pictures that can share a run.
     ///
     /// Errors: `Error::Invalid` when a picture lacks data for an input.
-    pub fn feeds(&self, pictures: &[&ImageArrays]) -> Result<Vec<(String, Tensor)>> {
+    pub fn feeds(&self, pictures: &[&ImageArrays]) -> Result<Vec<(String, TensorValue)>> {
         let mut feeds = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
             let array = match (input.kind(), pictures) {
@@ -146,7 +146,7 @@ impl VisionEncoder {
                 }
                 _ => return Err(unknown(self.session.subject(), &input.port)),
             };
-            feeds.push((input.port.name.clone(), Tensor::from_array(input.port.dtype, array)?));
+            feeds.push((input.port.name.clone(), TensorValue::from_array(input.port.dtype, array)?));
         }
         Ok(feeds)
     }
@@ -161,7 +161,7 @@ impl VisionEncoder {
             );
         }
         let feeds = self.feeds(pictures)?;
-        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let wanted: Vec<&str> = std::iter::once(self.output.as_str()).chain(self.deepstack.names()).collect();
         let outputs = self.session.run(&feeds, Some(&wanted))?;
         let shares = Shares::of(pictures);
@@ -269,7 +269,7 @@ impl Deepstack {
 
 impl Projector {
     /// Projects features to the decoder's width. If the input has one axis less, all rows are concatenated.
-    fn run(&mut self, features: &Tensor) -> Result<Tensor> {
+    fn run(&mut self, features: &TensorValue) -> Result<TensorValue> {
         let shape = features.shape();
         let (rank, width) = (shape.len(), shape.last().copied().unwrap_or(0));
         let data = features.to_f32()?.into_owned();
@@ -283,7 +283,7 @@ impl Projector {
                 return Err(Error::invalid(self.session.subject(), problem));
             }
         };
-        let tensor = Tensor::from_f32(self.input.dtype, &shape, data)?;
+        let tensor = TensorValue::from_f32(self.input.dtype, &shape, data)?;
         self.session.run(&[(self.input.name.as_str(), &tensor)], None)?.take(&self.output)
     }
 }

@@ -13,7 +13,7 @@ use super::inputs::{Input, InputKind};
 use super::positions::multimodal_positions;
 use super::profile::NetworkTimes;
 use super::session::Outputs;
-use super::step::{Embedded, Side, Step};
+use super::step::{Embedded, SideValues, Step};
 use super::vision::VisionEncoder;
 
 /// Meaning of `token_type_ids`.
@@ -222,7 +222,7 @@ impl VlmSession {
         }
         let grids = prompt.pictures.iter().map(|picture| picture.grid_thw()).collect();
         let (positions, next_position) = self.positions_of(ids, grids)?;
-        let side = Side { types: self.token_types(prompt, &image), ..Side::default() };
+        let side = SideValues { types: self.token_types(prompt, &image), ..SideValues::default() };
         let mut embedded = Embedded { input_ids: ids.clone(), positions, next_position, side, ..Embedded::default() };
         self.complete(&mut embedded, image, features, &prompt.pictures)?;
         Ok(embedded)

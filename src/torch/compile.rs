@@ -10,11 +10,11 @@ use crate::ir::{
 };
 
 use super::attributes::Attributes;
-use super::block::{Block, Declared, Ports};
 use super::convert::{computed_kind, constant_from_ir, kind_of};
 use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
 use super::operator::Operator;
 use super::step::{CompiledNode, Slot};
+use super::sub_graph::{CompiledSubGraph, Declared, Ports};
 use super::table::find_operator;
 
 /// Limit on nested functions and sub-graphs; bounds the stack on a malformed file.
@@ -48,7 +48,7 @@ pub(super) struct Compiler<'m> {
 }
 
 /// Scope of nodes: the top-level graph, or an inlined function.
-pub(super) struct Scope<'m> {
+pub(super) struct NodeScope<'m> {
     graph: &'m Graph,
     /// Values that a node reads or that are outputs of the scope. Other node outputs are not computed.
     read: HashSet<ValueId>,
@@ -59,7 +59,7 @@ pub(super) struct Scope<'m> {
     label: String,
 }
 
-impl Scope<'_> {
+impl NodeScope<'_> {
     fn slot(&self, id: ValueId) -> Slot {
         self.renamed.get(&id).copied().unwrap_or(self.offset + id.index())
     }
@@ -67,7 +67,7 @@ impl Scope<'_> {
 
 /// Compiles the sub-graphs of one node.
 struct Bodies<'a> {
-    compile: &'a mut dyn FnMut(&Body) -> OpResult<Block>,
+    compile: &'a mut dyn FnMut(&Body) -> OpResult<CompiledSubGraph>,
 }
 
 impl BodyCompiler for Bodies<'_> {
@@ -101,7 +101,7 @@ impl<'m> Compiler<'m> {
         nodes: impl Iterator<Item = &'m Node>,
         wanted: &[ValueId],
     ) -> Result<Vec<CompiledNode>> {
-        let scope = Scope {
+        let scope = NodeScope {
             graph: &self.model.graph,
             read: values_read(&self.model.graph.body).into_iter().chain(wanted.iter().copied()).collect(),
             opsets: &self.model.opset_imports,
@@ -135,7 +135,7 @@ impl<'m> Compiler<'m> {
         Ok(())
     }
 
-    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<CompiledNode>) -> Result<()> {
+    fn node(&mut self, scope: &NodeScope<'m>, node: &Node, steps: &mut Vec<CompiledNode>) -> Result<()> {
         self.calls += 1;
         if self.calls > MAX_CALLS {
             return Err(Error::invalid(
@@ -183,7 +183,7 @@ impl<'m> Compiler<'m> {
 
     fn step(
         &mut self,
-        scope: &Scope<'m>,
+        scope: &NodeScope<'m>,
         node: &Node,
         row: &'static Operator,
         version: i64,
@@ -249,7 +249,12 @@ impl<'m> Compiler<'m> {
     }
 
     /// Compiles a sub-graph and appends its captured values to the node's inputs.
-    fn body(&mut self, scope: &Scope<'m>, body: &Body, node_inputs: &mut Vec<Option<Slot>>) -> Result<Block> {
+    fn body(
+        &mut self,
+        scope: &NodeScope<'m>,
+        body: &Body,
+        node_inputs: &mut Vec<Option<Slot>>,
+    ) -> Result<CompiledSubGraph> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
         for (id, tensor) in &body.initializers {
@@ -285,12 +290,12 @@ impl<'m> Compiler<'m> {
             read(slot, &defined);
         }
         let declared = body.outputs.iter().map(|&id| declared(scope.graph.value(id).ty.as_ref())).collect();
-        Ok(Block::new(steps, Ports { inputs, outputs, declared }, constants, captures, self.device))
+        Ok(CompiledSubGraph::new(steps, Ports { inputs, outputs, declared }, constants, captures, self.device))
     }
 
     fn inline(
         &mut self,
-        scope: &Scope<'m>,
+        scope: &NodeScope<'m>,
         node: &Node,
         function: &'m Function,
         label: String,
@@ -335,7 +340,7 @@ impl<'m> Compiler<'m> {
                 }
             }
         }
-        let inner = Scope {
+        let inner = NodeScope {
             graph: &function.graph,
             read: values_read(body).into_iter().collect(),
             opsets: &function.opset_imports,

@@ -22,7 +22,6 @@
 //! (masks, reshape targets) are computed once per set of input shapes and cached within a memory limit.
 
 mod attributes;
-mod block;
 mod compile;
 mod convert;
 mod device;
@@ -35,6 +34,7 @@ mod program;
 mod ranks;
 mod schedule;
 mod step;
+mod sub_graph;
 mod table;
 mod weights;
 

@@ -13,9 +13,9 @@ use super::compile::{Compiler, values_read};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::op_error::{OpError, OpResult};
 use super::products::lowered;
-use super::schedule::{Facts, Schedule, ScheduledNode, ShapeCache, ShapeCaches, Signature};
+use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
 use super::step::{CompiledNode, Slot, store};
-use super::weights::{self, Fixed, Hold, Shared};
+use super::weights::{self, FixedTensors, Hold, Shared};
 
 /// Options of compilation.
 #[derive(Clone, Debug)]
@@ -98,10 +98,10 @@ pub struct Program {
 /// State that is kept between runs.
 #[derive(Default)]
 struct State {
-    fixed: Fixed,
+    fixed: FixedTensors,
     /// Device copies of weights and constants that are stored on the host.
     moved: HashMap<Slot, Tensor>,
-    schedules: Vec<Schedule>,
+    schedules: Vec<ExecutionSchedule>,
     caches: ShapeCaches,
 }
 
@@ -359,7 +359,7 @@ impl Program {
     /// The schedule's outputs; those that share memory with a weight are copied.
     fn results<'a>(
         &self,
-        schedule: &Schedule,
+        schedule: &ExecutionSchedule,
         values: &'a HashMap<Slot, Tensor>,
         fixed: &impl Fn(Slot) -> Option<&'a Tensor>,
     ) -> Result<Vec<Tensor>> {
@@ -394,7 +394,12 @@ impl Program {
     }
 
     /// The place of the schedule from these slots to those, which is made where there is none.
-    fn schedule_number(&self, known: &mut Vec<Schedule>, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<usize> {
+    fn schedule_number(
+        &self,
+        known: &mut Vec<ExecutionSchedule>,
+        inputs: Vec<Slot>,
+        outputs: Vec<Slot>,
+    ) -> Result<usize> {
         match known.iter().position(|schedule| schedule.inputs == inputs && schedule.outputs == outputs) {
             Some(position) => Ok(position),
             None => {
@@ -404,8 +409,8 @@ impl Program {
         }
     }
 
-    fn schedule(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule> {
-        let facts = Facts {
+    fn schedule(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<ExecutionSchedule> {
+        let request = ScheduleRequest {
             steps: &self.steps,
             producers: &self.producers,
             frozen: &|slot| self.frozen.contains_key(&slot),
@@ -413,7 +418,7 @@ impl Program {
             autocast: self.autocast.is_some(),
             keeps_quantised: self.hold == Hold::Stored,
         };
-        Schedule::new(&facts, inputs, outputs).map_err(|lacking| {
+        ExecutionSchedule::new(&request, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
             Error::invalid("the run", format!("no value for {}", list_preview(&names, 8)))
                 .remedy("give these inputs, or compile the part of the graph that makes them")

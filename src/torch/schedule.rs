@@ -92,7 +92,7 @@ impl ShapeCaches {
 }
 
 /// The steps from a set of inputs to a set of outputs.
-pub(super) struct Schedule {
+pub(super) struct ExecutionSchedule {
     pub inputs: Vec<Slot>,
     pub outputs: Vec<Slot>,
     /// Constant steps, which run once per program.
@@ -112,7 +112,7 @@ pub(super) struct Schedule {
 }
 
 /// Input for computing a schedule.
-pub(super) struct Facts<'a> {
+pub(super) struct ScheduleRequest<'a> {
     pub steps: &'a [CompiledNode],
     /// The step that produces each slot.
     pub producers: &'a HashMap<Slot, usize>,
@@ -124,11 +124,15 @@ pub(super) struct Facts<'a> {
     pub keeps_quantised: bool,
 }
 
-impl Schedule {
+impl ExecutionSchedule {
     /// Computes the schedule. Errors: the slots that have no value.
-    pub fn new(facts: &Facts, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule, Vec<Slot>> {
+    pub fn new(
+        request: &ScheduleRequest,
+        inputs: Vec<Slot>,
+        outputs: Vec<Slot>,
+    ) -> Result<ExecutionSchedule, Vec<Slot>> {
         let given: HashSet<Slot> = inputs.iter().copied().collect();
-        let mut needed = vec![false; facts.steps.len()];
+        let mut needed = vec![false; request.steps.len()];
         let mut seen = HashSet::new();
         let mut lacking = Vec::new();
         let mut weights = Vec::new();
@@ -137,10 +141,10 @@ impl Schedule {
             if given.contains(&slot) || !seen.insert(slot) {
                 continue;
             }
-            if let Some(&step) = facts.producers.get(&slot) {
+            if let Some(&step) = request.producers.get(&slot) {
                 needed[step] = true;
-                stack.extend(facts.steps[step].inputs.iter().flatten());
-            } else if (facts.frozen)(slot) || (facts.trainable)(slot) {
+                stack.extend(request.steps[step].inputs.iter().flatten());
+            } else if (request.frozen)(slot) || (request.trainable)(slot) {
                 weights.push(slot);
             } else {
                 lacking.push(slot);
@@ -151,25 +155,25 @@ impl Schedule {
             return Err(lacking);
         }
         let order: Vec<usize> = (0..needed.len()).filter(|&step| needed[step]).collect();
-        let classes = classify(facts, &given, &order);
+        let classes = classify(request, &given, &order);
         let wanted: HashSet<Slot> = outputs.iter().copied().collect();
         let kept = |class: Class| -> HashSet<Slot> {
             let made: HashSet<Slot> = order
                 .iter()
                 .filter(|step| classes[*step] == class)
-                .flat_map(|&step| facts.steps[step].outputs.iter().flatten().copied())
+                .flat_map(|&step| request.steps[step].outputs.iter().flatten().copied())
                 .collect();
             let read = order
                 .iter()
                 .filter(|step| classes[*step] != class)
-                .flat_map(|&step| facts.steps[step].inputs.iter().flatten().copied());
+                .flat_map(|&step| request.steps[step].inputs.iter().flatten().copied());
             read.chain(outputs.iter().copied()).filter(|slot| made.contains(slot)).collect()
         };
         let nodes = |keep: &dyn Fn(Class) -> bool| -> Vec<ScheduledNode> {
             let chosen: Vec<usize> = order.iter().copied().filter(|step| keep(classes[step])).collect();
             let mut last: HashMap<Slot, usize> = HashMap::new();
             for (node, &step) in chosen.iter().enumerate() {
-                for &slot in facts.steps[step].inputs.iter().chain(&facts.steps[step].outputs).flatten() {
+                for &slot in request.steps[step].inputs.iter().chain(&request.steps[step].outputs).flatten() {
                     last.insert(slot, node);
                 }
             }
@@ -187,13 +191,13 @@ impl Schedule {
         let lean = nodes(&|class| class == Class::Dynamic);
         let (constant_kept, static_kept) = (kept(Class::Constant), kept(Class::Static));
         let mut lowered = HashSet::new();
-        if facts.autocast {
-            let exact: HashSet<Slot> = order.iter().flat_map(|&step| exact_inputs(&facts.steps[step])).collect();
-            let frozen = weights.iter().filter(|&&slot| (facts.frozen)(slot));
+        if request.autocast {
+            let exact: HashSet<Slot> = order.iter().flat_map(|&step| exact_inputs(&request.steps[step])).collect();
+            let frozen = weights.iter().filter(|&&slot| (request.frozen)(slot));
             let fixed = frozen.chain(&constant_kept).copied();
             lowered.extend(fixed.filter(|slot| !exact.contains(slot) && !wanted.contains(slot)));
         }
-        Ok(Schedule { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered })
+        Ok(ExecutionSchedule { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered })
     }
 }
 
@@ -214,7 +218,7 @@ struct Known {
 }
 
 /// The frequency of each step in `order`, from what is known about its inputs.
-fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
+fn classify(request: &ScheduleRequest, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
     let mut known: HashMap<Slot, Known> = HashMap::new();
     let fact = |known: &HashMap<Slot, Known>, slot: Slot| -> Known {
         if given.contains(&slot) {
@@ -223,12 +227,12 @@ fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<us
         if let Some(known) = known.get(&slot) {
             return *known;
         }
-        let frozen = (facts.frozen)(slot);
+        let frozen = (request.frozen)(slot);
         Known { constant: frozen, content: frozen, shape: true }
     };
     let mut classes = HashMap::new();
     for &number in order {
-        let step = &facts.steps[number];
+        let step = &request.steps[number];
         let (mut constant, mut content, mut shape) = (true, true, true);
         for (index, slot) in step.inputs.iter().enumerate() {
             let Some(slot) = slot else { continue };
@@ -237,7 +241,7 @@ fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<us
             content &= input.content;
             shape &= input.shape && (input.content || !step.row.reads_on_host(index));
         }
-        if step.row.expands && facts.keeps_quantised {
+        if step.row.expands && request.keeps_quantised {
             (constant, content) = (false, false);
         }
         if step.row.shape_only {

@@ -31,12 +31,12 @@ const HOST_FLOATS: usize = 16;
 /// Values that are equal in every run: frozen weights and constants. `lowers` contains those that a schedule reads in
 /// the autocast kind only.
 #[derive(Default)]
-pub(super) struct Fixed {
+pub(super) struct FixedTensors {
     exact: HashMap<Slot, Tensor>,
     lowered: HashMap<Slot, Tensor>,
 }
 
-impl Fixed {
+impl FixedTensors {
     pub fn get(&self, slot: Slot, lowers: &HashSet<Slot>) -> Option<&Tensor> {
         if lowers.contains(&slot) { self.lowered.get(&slot) } else { self.exact.get(&slot) }
     }

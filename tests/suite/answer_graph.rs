@@ -7,7 +7,7 @@ use interlace::bundle::Bundle;
 use interlace::data::{Encoded, Processor};
 use interlace::ir::DataType;
 use interlace::prompt::Array;
-use interlace::runtime::{FeatureCache, Port, Runtime, Session, SessionOptions, Tensor, VlmSession};
+use interlace::runtime::{FeatureCache, Port, Runtime, Session, SessionOptions, TensorValue, VlmSession};
 use ndarray::{ArrayD, Axis, IxDyn};
 
 use super::cli::{interlace, stderr};
@@ -41,13 +41,15 @@ pub fn answer(graph: &mut Session, encoded: &Encoded, tokens: i64) -> Option<Vec
     let mut feeds = Vec::new();
     for port in graph.inputs().to_vec() {
         let tensor = match port.name.as_str() {
-            "input_ids" => Tensor::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone()),
-            "max_new_tokens" => Tensor::from_i64(DataType::Int64, &[], vec![tokens]),
-            _ => Tensor::from_array(port.dtype, pictures(encoded, &port)?),
+            "input_ids" => {
+                TensorValue::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone())
+            }
+            "max_new_tokens" => TensorValue::from_i64(DataType::Int64, &[], vec![tokens]),
+            _ => TensorValue::from_array(port.dtype, pictures(encoded, &port)?),
         };
         feeds.push((port.name, tensor.expect("a tensor")));
     }
-    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let outputs = graph.run(&feeds, None).expect("an answer");
     outputs.get("generated_ids").expect("ids").to_ir().expect("a tensor").to_i64s()
 }

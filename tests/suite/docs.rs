@@ -67,6 +67,9 @@ fn tables_in_documents_equal_the_tables_in_the_code() {
     let strategies = interlace::method::select::STRATEGIES.iter();
     let rows = strategies.map(|strategy| (strategy.name.to_string(), strategy.summary.to_string()));
     check_table("docs/strategies.md", "strategies", ["strategy", "what it does"], rows);
+    let compensations = interlace::method::COMPENSATIONS.iter();
+    let rows = compensations.map(|row| (row.name.to_string(), row.summary.to_string()));
+    check_table("docs/strategies.md", "compensations", ["`--compensate`", "what it does"], rows);
     let recipes = interlace::finetune::RECIPES.iter();
     let rows = recipes.map(|row| (row.name.to_string(), row.summary.to_string()));
     check_table("docs/healing.md", "recipes", ["recipe", "what it does"], rows);
@@ -86,6 +89,9 @@ fn tables_in_documents_equal_the_tables_in_the_code() {
     let targets = interlace::export::TARGETS.iter();
     let rows = targets.map(|row| (row.name.to_string(), format!("{}; tried with {}", row.summary, row.consumer)));
     check_table("docs/deploy.md", "targets", ["`--to`", "what it writes"], rows);
+    let rows = interlace::export::PRECISIONS.iter();
+    let rows = rows.map(|row| (row.name.to_string(), format!("{}; suffix `_{}`", row.summary, row.suffix)));
+    check_table("docs/quantise.md", "precisions", ["`--precision`", "what it writes"], rows);
     check_section("docs/families.md", "families", &format!("\n{}\n", interlace::data::family_table()));
     let layouts = interlace::bundle::LAYOUTS.iter().chain([&interlace::bundle::SINGLE_FILE]);
     let rows = layouts.map(|layout| (layout.name.to_string(), layout.summary.to_string()));

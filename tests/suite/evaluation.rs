@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
-use interlace::data::{Benchmark, Part, Sample, Turn};
+use interlace::data::{Benchmark, MessagePart, Sample, Turn};
 use interlace::eval::{
     BenchOptions, EvalOptions, LoadedModel, ModelScores, PromptStyle, bench, benchmark_name, compare, evaluate,
     question_text,
@@ -81,7 +81,7 @@ fn answer_likelihoods_equal_those_computed_from_logits() {
     for (row, own) in benchmark.rows().iter().zip(&found.answers) {
         let images = benchmark.images(row).expect("pictures");
         let text = question_text(&benchmark, "bench-small", row, PromptStyle::default()).expect("a question");
-        let user = (0..images.len()).map(Part::Image).chain([Part::Text(text)]).collect();
+        let user = (0..images.len()).map(MessagePart::Image).chain([MessagePart::Text(text)]).collect();
         let assistant = benchmark.cell(row, "answer").expect("an answer").to_string();
         let turns = vec![Turn { user, assistant }];
         let sample = Sample { index: 0, id: row.index.clone(), images, system: None, turns, text: None, tensors: None };
@@ -111,7 +111,7 @@ fn the_shipped_decoder_equals_pytorch() {
         let time = embeds.len() / hidden_size;
         let row = Embedded::text(&vec![0; time], hidden_size, embeds, length as i64, 1);
         let past = vec![1; length];
-        let step = if cache.is_some() { Step::behind(&[&row], &[past], false) } else { Step::prefill(&[&row], false) };
+        let step = if cache.is_some() { Step::decode(&[&row], &[past], false) } else { Step::prefill(&[&row], false) };
         let step = step.expect("a step");
         length += time;
         let (logits, longer) = decoder.step(&step, cache).expect("a step");

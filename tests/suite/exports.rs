@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::{Device, sha256_bytes};
 use interlace::bundle::Bundle;
+use interlace::export::triton::Serving;
 use interlace::export::{Export, ExportSettings, export, target_named};
 use interlace::ir::{DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 
 use super::cli::{interlace, stderr};
 
@@ -61,7 +62,7 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let run = |path: &Path, shape: &[usize]| {
         let mut session = runtime.session(path, &SessionOptions::default()).expect("session");
-        let feeds: Vec<(String, Tensor)> = session
+        let feeds: Vec<(String, TensorValue)> = session
             .inputs()
             .iter()
             .map(|port| {
@@ -74,15 +75,15 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
                 let sizes: Vec<usize> = port.shape.iter().enumerate().map(|(axis, dim)| size(axis, dim)).collect();
                 let count: usize = sizes.iter().product();
                 let tensor = match (port.name.as_str(), port.dtype) {
-                    ("scale", _) => Tensor::from_f32(DataType::Float, shape, vec![0.5]),
-                    (_, dtype) if count == 0 => Tensor::empty(dtype, &sizes),
-                    (_, dtype @ DataType::Int64) => Tensor::from_i64(dtype, &sizes, vec![1; count]),
-                    (_, dtype) => Tensor::from_f32(dtype, &sizes, vec![0.0; count]),
+                    ("scale", _) => TensorValue::from_f32(DataType::Float, shape, vec![0.5]),
+                    (_, dtype) if count == 0 => TensorValue::empty(dtype, &sizes),
+                    (_, dtype @ DataType::Int64) => TensorValue::from_i64(dtype, &sizes, vec![1; count]),
+                    (_, dtype) => TensorValue::from_f32(dtype, &sizes, vec![0.0; count]),
                 };
                 (port.name.clone(), tensor.expect("tensor"))
             })
             .collect();
-        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let outputs = session.run(&feeds, Some(&["logits", "total"])).expect("run");
         let total = outputs.get("total").expect("total");
         (
@@ -251,4 +252,191 @@ fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
     let error = to_transformers_js(&nameless, &folder.path().join("c")).unwrap_err().to_string();
     assert!(error.contains("processor_class") && error.contains("preprocessor_config.json"), "{error}");
     assert!(!folder.path().join("c").exists());
+}
+
+fn to(target: &str, model: &Path, settings: &ExportSettings, out: &Path) -> interlace::base::Result<Export> {
+    export(&Bundle::open(model).expect("bundle"), target_named(target).expect("a target"), settings, out)
+}
+
+/// Outputs of a decoder for a prompt of 7 tokens, and for one more behind them; of float32.
+fn prompt_and_step(path: &Path) -> Vec<(String, Vec<f32>)> {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let mut session = runtime.session(path, &SessionOptions::default()).expect("session");
+    let ports = session.inputs().to_vec();
+    let mut caches: Vec<(String, TensorValue)> = Vec::new();
+    let mut found = Vec::new();
+    for (past, steps) in [(0usize, 7usize), (7, 1)] {
+        let mut feeds = Vec::new();
+        for port in &ports {
+            let numbers: Vec<i64> = (past..past + steps).map(|place| (place as i64 * 37 + 5) % 600).collect();
+            let tensor = match port.name.as_str() {
+                "input_ids" => TensorValue::from_i64(port.dtype, &[1, steps], numbers),
+                "attention_mask" => TensorValue::from_i64(port.dtype, &[1, past + steps], vec![1; past + steps]),
+                "position_ids" => TensorValue::from_i64(
+                    port.dtype,
+                    &[1, steps],
+                    (past..past + steps).map(|place| place as i64).collect(),
+                ),
+                name => match caches.iter().position(|(own, _)| own == name) {
+                    Some(place) => Ok(caches.swap_remove(place).1),
+                    None => {
+                        let size = |axis| port.fixed_size(axis).expect("a size");
+                        TensorValue::empty(port.dtype, &[1, size(1), 0, size(3)])
+                    }
+                },
+            };
+            feeds.push((port.name.clone(), tensor.expect("tensor")));
+        }
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let outputs = session.run(&feeds, None).expect("run");
+        for port in session.outputs().to_vec() {
+            let tensor = outputs.get(&port.name).expect("output");
+            let values = tensor.to_f32().expect("f32").to_vec();
+            if let Some(name) = port.name.strip_prefix("present") {
+                let copy = TensorValue::from_f32(port.dtype, &tensor.shape(), values.clone()).expect("tensor");
+                caches.push((format!("past_key_values{name}"), copy));
+            }
+            found.push((port.name.clone(), values));
+        }
+    }
+    found
+}
+
+#[test]
+fn standard_operators_give_what_those_of_onnx_runtime_give() {
+    let folder = tempfile::tempdir().expect("folder");
+    let settings = ExportSettings { standard_ops: true, ..ExportSettings::default() };
+    for (number, file) in ["llama/optimum-O2.onnx", "genai/llama-int4-shared/model.onnx"].into_iter().enumerate() {
+        let out = folder.path().join(number.to_string());
+        let written = to("openvino", &zoo(file), &settings, &out).expect("export");
+        let path = out.join(written.models.keys().next().expect("a model"));
+        let model = onnx::load(&path).expect("model");
+        assert!(model.opset_imports.keys().all(String::is_empty), "{:?}", model.opset_imports);
+        let own = model.graph.body.nodes.iter().find(|node| node.op_type == "SimplifiedLayerNormalization");
+        assert!(own.is_none() && model.graph.body.nodes.iter().all(|node| node.domain.is_empty()), "{own:?}");
+        // With `accuracy_level` 4 ONNX Runtime would round the activations of MatMulNBits to 8 bits.
+        let exact = folder.path().join(format!("exact{number}.onnx"));
+        let mut model = onnx::load(&zoo(file)).expect("model");
+        for node in &mut model.graph.body.nodes {
+            node.attributes.retain(|(name, _)| name != "accuracy_level");
+        }
+        onnx::save(&model, &exact, &onnx::Storage::Inline).expect("save");
+        let (wanted, found) = (prompt_and_step(&exact), prompt_and_step(&path));
+        assert_eq!(wanted.len(), found.len());
+        for ((name, wanted), (other, found)) in wanted.iter().zip(&found) {
+            assert_eq!((name, wanted.len()), (other, found.len()));
+            let apart = wanted.iter().zip(found).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            let largest = wanted.iter().map(|value| value.abs()).fold(1f32, f32::max);
+            assert!(apart <= 1e-5 * largest, "{file}, {name}: {apart} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn an_operator_without_a_standard_form_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("folder");
+    let out = folder.path().join("out");
+    let settings = ExportSettings { standard_ops: true, ..ExportSettings::default() };
+    let error = to("openvino", &zoo("genai/qwen3_vl-int4-embeds/model.onnx"), &settings, &out).unwrap_err().to_string();
+    assert!(error.contains("MRotaryEmbedding") && error.contains("standard operators"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn an_operator_set_is_raised_and_never_lowered() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let settings = |opset| ExportSettings { opset: Some(opset), ..ExportSettings::default() };
+    let out = folder.path().join("out");
+    to("openvino", &model, &settings(21), &out).expect("export");
+    let raised = onnx::load(&out.join("onnx/embed_tokens.onnx")).expect("model");
+    assert_eq!(raised.opset_imports[""], 21);
+    let error = to("openvino", &model, &settings(13), &folder.path().join("low")).unwrap_err().to_string();
+    assert!(error.contains("none is lowered"), "{error}");
+}
+
+#[test]
+fn a_tract_export_notes_no_types_of_inner_values() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let out = folder.path().join("out");
+    to("tract", &model, &ExportSettings::default(), &out).expect("export");
+    let written = onnx::load(&out.join("onnx/decoder_model_merged.onnx")).expect("model");
+    let body = &written.graph.body;
+    let typed = body.nodes.iter().flat_map(|node| node.present_outputs());
+    let typed = typed.filter(|id| !body.outputs.contains(id) && written.graph.value(*id).ty.is_some()).count();
+    assert_eq!(typed, 0);
+}
+
+#[test]
+fn a_genai_export_names_caches_by_layer_and_answers_as_the_model() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let model = model.to_str().expect("a path");
+    let run = |arguments: &[&str]| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    run(&["prune", model, "--drop", "3,6,8,13", "-o", "pruned", "-q"]);
+    run(&["export", "pruned", "--to", "genai", "-o", "out", "-q"]);
+    let config = json(here.join("out/genai_config.json"));
+    assert_eq!(config["model"]["decoder"]["num_hidden_layers"], 12);
+    assert_eq!(config["model"]["type"], "gemma3");
+    assert_eq!(config["model"]["embedding"]["filename"], "embedding.onnx");
+    let decoder = onnx::load(&here.join("out/model.onnx")).expect("model");
+    let names: Vec<&str> = decoder.graph.body.inputs.iter().map(|id| decoder.graph.name(*id)).collect();
+    assert!(names.contains(&"past_key_values.11.value") && !names.contains(&"past_key_values.12.key"), "{names:?}");
+    let again = Bundle::open(&here.join("out")).expect("the folder is a model again");
+    assert_eq!(again.components().len(), 3);
+    let bench = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/bench-small.tsv");
+    let bench = bench.to_str().expect("a path");
+    for name in ["pruned", "out"] {
+        let predictions = format!("{name}.jsonl");
+        let report = format!("{name}.json");
+        let eval = ["eval", name, "--baseline", name, "--data", bench, "--limit", "6", "-q"];
+        run(&[&eval[..], &["--predictions", &predictions, "-o", &report]].concat());
+    }
+    let read = |name: &str| std::fs::read_to_string(here.join(name)).expect("predictions");
+    assert_eq!(read("pruned.jsonl"), read("out.jsonl"));
+    let verified = run(&["verify", "out"]);
+    assert!(verified.contains("embedding.onnx") && !verified.contains("FAILED"), "{verified}");
+}
+
+#[test]
+fn models_that_genai_does_not_take_are_refused_with_the_reason() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (number, model) in ["genai/llama-fp32-embeds", "genai/qwen3_vl-fp32-embeds"].into_iter().enumerate() {
+        let out = folder.path().join(number.to_string());
+        let error = to("genai", &zoo(model), &ExportSettings::default(), &out).unwrap_err().to_string();
+        assert!(error.contains("only with a vision encoder"), "{model}: {error}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn a_triton_repository_answers_whole_requests() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let serving = Serving { batch_delay_us: Some(100), instances: Some(2), warm_up: true, ..Serving::default() };
+    let settings = ExportSettings { serving, ..ExportSettings::default() };
+    let out = folder.path().join("out");
+    let written = to("triton", &model, &settings, &out).expect("export");
+    assert!(written.models.contains_key("generate") && written.models.contains_key("merge_embeddings"));
+    let config = |name: &str| std::fs::read_to_string(out.join(name).join("config.pbtxt")).expect("config");
+    let prefill = config("prefill");
+    assert!(prefill.contains("platform: \"ensemble\"") && out.join("prefill/1").is_dir(), "{prefill}");
+    let stream = config("generate_stream");
+    assert!(stream.contains("decoupled: true") && stream.contains("backend: \"python\""), "{stream}");
+    assert!(written.files.contains_key("generate_stream/1/model.py"));
+    let embedding = config("embed_tokens");
+    assert!(embedding.contains("max_queue_delay_microseconds: 100") && embedding.contains("zero_data: true"));
+    assert!(embedding.contains("count: 2") && !config("generate").contains("model_warmup"));
+    assert!(written.notes.iter().any(|note| note.contains("`generate` is not warmed up")), "{:?}", written.notes);
+    // A decoder without pictures gets the components and the whole graph, and the notes say why there is no more.
+    let text = to("triton", &zoo("optimum/llama-with-past"), &ExportSettings::default(), &folder.path().join("text"));
+    let text = text.expect("export");
+    assert!(text.models.contains_key("generate") && !text.models.contains_key("merge_embeddings"));
+    assert!(text.notes.iter().any(|note| note.contains("prefill")), "{:?}", text.notes);
 }

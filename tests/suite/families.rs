@@ -11,8 +11,8 @@ use std::sync::Arc;
 use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
 use interlace::data::{
-    Amount, BackEnd, DataOptions, Dataset, Encoded, ImageBytes, ImageInputs, ImageSettings, Part, Processor, Sample,
-    Subset, Turn,
+    Amount, BackEnd, DataOptions, Dataset, Encoded, ImageBytes, ImageInputs, ImageSettings, MessagePart, Processor,
+    Sample, Subset, Turn,
 };
 use interlace::method::LossMeter;
 use interlace::prompt::Array;
@@ -131,10 +131,10 @@ pub fn sample(turns: &Value) -> Sample {
     let turn = |turn: &Value| {
         let mut user = Vec::new();
         for picture in turn[0].as_array().expect("pictures") {
-            user.push(Part::Image(images.len()));
+            user.push(MessagePart::Image(images.len()));
             images.push(ImageBytes::file(text(picture), fixtures().join("pictures").join(text(picture))));
         }
-        user.push(Part::Text(text(&turn[1]).to_string()));
+        user.push(MessagePart::Text(text(&turn[1]).to_string()));
         Turn { user, assistant: turn[2].as_str().unwrap_or_default().to_string() }
     };
     let turns = turns.as_array().expect("turns").iter().map(turn).collect();
@@ -449,7 +449,7 @@ fn qwen3_vl_reads_a_video() {
     let clip = ImageBytes::frames("video", frames.iter().map(frame).collect()).expect("a video");
     let question = text(&want["question"]);
     let mut pipeline = Pipeline::open(&family.here().join("qwen3_vl"), "pil", &family.features);
-    let parts = [Part::Image(0), Part::Text(question.into())];
+    let parts = [MessagePart::Image(0), MessagePart::Text(question.into())];
     let encoded = pipeline.processor.encode_question("video", &parts, &[clip]).expect("a prompt");
     // The encoded ids have the image token at the features of a video.
     let special = fs::read(family.here().join("qwen3_vl/config.json")).expect("a config");

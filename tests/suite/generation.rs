@@ -66,7 +66,7 @@ fn prefill_and_a_cached_step_equal_pytorch() {
             let mut row = Embedded::text(&ids, hidden_size, data, 0, rows);
             row.positions = positions.chunks(ids.len()).take(rows).map(<[i64]>::to_vec).collect();
             let step = match cache {
-                Some(_) => Step::behind(&[&row], &[past], false),
+                Some(_) => Step::decode(&[&row], &[past], false),
                 None => Step::prefill(&[&row], false),
             };
             let step = step.expect("a step");
@@ -161,8 +161,8 @@ fn prompts_that_do_not_fit_the_graph_are_refused() {
     let error = ids.step(&Step::prefill(&[&three], true).expect("a step"), None).expect_err("rows").to_string();
     assert!(error.contains("3 rows of positions, the graph takes one"), "{error}");
     let text = Embedded::text(&[1, 2], 0, Vec::new(), 0, 1);
-    let behind = Step::behind(&[&text], &[vec![1]], true).expect("a step");
-    let error = ids.step(&behind, None).expect_err("no cache").to_string();
+    let decode = Step::decode(&[&text], &[vec![1]], true).expect("a step");
+    let error = ids.step(&decode, None).expect_err("no cache").to_string();
     assert!(error.contains("continues 1 positions, the cache holds 0"), "{error}");
     let mut embeds = decoder("smolvlm/ts17.onnx");
     let error = embeds.step(&Step::prefill(&[&text], true).expect("a step"), None).expect_err("ids").to_string();

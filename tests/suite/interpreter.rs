@@ -7,7 +7,7 @@ use interlace::analysis::analyse;
 use interlace::base::Device;
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueId, ValueType};
 use interlace::rewrite::{drop_layers, widened};
-use interlace::runtime::{Optimisation, Runtime, Session, SessionOptions, Tensor as OrtTensor};
+use interlace::runtime::{Optimisation, Runtime, Session, SessionOptions, TensorValue};
 use interlace::{onnx, torch};
 use tch::{Kind, Tensor};
 
@@ -15,26 +15,26 @@ pub const ONE_THREAD: SessionOptions =
     SessionOptions { threads: Some(1), optimisation: Optimisation::All, exact_products: false };
 
 /// A tensor for ONNX Runtime with the same content.
-fn to_runtime(tensor: &Tensor) -> OrtTensor {
+fn to_runtime(tensor: &Tensor) -> TensorValue {
     let shape: Vec<usize> = tensor.size().iter().map(|&dim| dim as usize).collect();
     let flat = tensor.contiguous().reshape([-1]);
     let dtype = torch::data_type_of(tensor.kind()).expect("element type");
     if tensor.numel() == 0 {
-        return OrtTensor::empty(dtype, &shape).expect("empty tensor");
+        return TensorValue::empty(dtype, &shape).expect("empty tensor");
     }
     let made = match dtype {
         DataType::Float | DataType::Float16 | DataType::Bfloat16 => {
-            OrtTensor::from_f32(dtype, &shape, Vec::try_from(flat.to_kind(Kind::Float)).expect("numbers"))
+            TensorValue::from_f32(dtype, &shape, Vec::try_from(flat.to_kind(Kind::Float)).expect("numbers"))
         }
-        DataType::Uint8 => OrtTensor::new(&shape, Vec::<u8>::try_from(flat).expect("numbers")),
-        DataType::Int8 => OrtTensor::new(&shape, Vec::<i8>::try_from(flat).expect("numbers")),
-        _ => OrtTensor::from_i64(dtype, &shape, Vec::try_from(flat.to_kind(Kind::Int64)).expect("numbers")),
+        DataType::Uint8 => TensorValue::new(&shape, Vec::<u8>::try_from(flat).expect("numbers")),
+        DataType::Int8 => TensorValue::new(&shape, Vec::<i8>::try_from(flat).expect("numbers")),
+        _ => TensorValue::from_i64(dtype, &shape, Vec::try_from(flat.to_kind(Kind::Int64)).expect("numbers")),
     };
     made.expect("tensor")
 }
 
 /// The content as f64, for any type.
-fn from_runtime(tensor: &OrtTensor) -> Tensor {
+fn from_runtime(tensor: &TensorValue) -> Tensor {
     let shape: Vec<i64> = tensor.shape().iter().map(|&dim| dim as i64).collect();
     let flat = match tensor.dtype().expect("element type") {
         DataType::Int64 => Tensor::from_slice(tensor.data::<i64>().expect("numbers")),
@@ -113,9 +113,9 @@ fn past_name(present: &str) -> String {
 }
 
 pub fn run_runtime(session: &mut Session, feeds: &[(String, ValueId, Tensor)]) -> HashMap<String, Tensor> {
-    let tensors: Vec<(&str, OrtTensor)> =
+    let tensors: Vec<(&str, TensorValue)> =
         feeds.iter().map(|(name, _, tensor)| (name.as_str(), to_runtime(tensor))).collect();
-    let tensors: Vec<(&str, &OrtTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let tensors: Vec<(&str, &TensorValue)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
     let outputs = session.run(&tensors, None).expect("ONNX Runtime");
     outputs.iter().map(|(name, tensor)| (name.to_string(), from_runtime(tensor))).collect()
 }

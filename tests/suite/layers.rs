@@ -1,4 +1,5 @@
-//! The architecture: modules import only modules below them, and only some modules use a heavy dependency.
+//! The architecture: modules import only modules below them, only some modules use a heavy dependency, and every public
+//! type has a name of its own.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -306,6 +307,48 @@ fn heavy_dependencies_are_used_only_by_their_owners() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Names that several public types share, each with its reason.
+const SHARED_NAMES: &[(&str, &str)] = &[("Args", "the arguments of each command in `cli`, and of a kernel in `torch`")];
+
+/// Names of the types that a file declares with `pub`, `pub(crate)`, `pub(super)` or `pub(in ..)`.
+fn public_types(code: &str) -> Vec<&str> {
+    let declared = |line| {
+        let line = str::trim_start(line).strip_prefix("pub")?;
+        let line = match line.strip_prefix('(') {
+            Some(scope) => scope.split_once(')')?.1,
+            None => line,
+        };
+        let (kind, rest) = line.strip_prefix(' ')?.split_once(' ')?;
+        let name = rest.split(|c: char| !is_name(c as u8)).next()?;
+        ["struct", "enum", "trait", "type", "union"].contains(&kind).then_some(name)
+    };
+    code.lines().filter_map(declared).collect()
+}
+
+#[test]
+fn every_public_type_has_a_name_of_its_own() {
+    let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (_, path, code) in modules() {
+        for name in public_types(&code) {
+            files.entry(name.to_string()).or_default().push(path.display().to_string());
+        }
+    }
+    assert!(files.len() > 400, "{} public types found", files.len());
+    for (name, reason) in SHARED_NAMES {
+        assert!(files.get(*name).is_some_and(|files| files.len() > 1), "`{name}` ({reason}) is not shared");
+    }
+    let shared = |name: &String| SHARED_NAMES.iter().any(|(other, _)| other == name);
+    let wrong: Vec<String> = files
+        .into_iter()
+        .filter(|(name, files)| files.len() > 1 && !shared(name))
+        .map(|(name, files)| format!("`{name}` has several meanings: {}", files.join(", ")))
+        .collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let code =
+        "pub struct A<T>(T);\nstruct B;\n    pub(in crate::data) enum C {\npub(super) type D = u8;\npub fn e() {}";
+    assert_eq!(public_types(code), ["A", "C", "D"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use interlace::base::{Error, Provenance, Result, sha256_file};
 use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, RecordedStep, Tower};
-use interlace::data::{Benchmark, DataOptions, Dataset, ImageBytes, Part, Picture, Processor, Transparency};
+use interlace::data::{Benchmark, DataOptions, Dataset, ImageBytes, MessagePart, Picture, Processor, Transparency};
 use interlace::eval::{PromptStyle, question_text, reference_of};
 use interlace::method::{MODALITIES, Plan, SCORES_SCHEMA_VERSION, SampleScores, Scores};
 use interlace::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
@@ -104,6 +104,8 @@ fn record(folder: &Path) -> PathBuf {
         dropped_original: vec![3, 5],
         deepstack: None,
         compensated: Vec::new(),
+        bridged: Vec::new(),
+        mlps: Vec::new(),
         taps: Vec::new(),
     };
     let record = Record {
@@ -236,7 +238,7 @@ fn prompt(folder: &Path, _: &Path) -> Result<()> {
     let bytes = fs::read(fixture("processor/pictures/square-rgb-64.png"))
         .map_err(|e| Error::invalid("picture", e.to_string()))?;
     let image = ImageBytes::held("picture", bytes);
-    let question = [Part::Image(0), Part::Text("What is in the picture? 4 \u{e9}\u{1f600}".into())];
+    let question = [MessagePart::Image(0), MessagePart::Text("What is in the picture? 4 \u{e9}\u{1f600}".into())];
     let encoded = processor.encode_question("question", &question, &[image])?;
     processor.decode(&encoded.input_ids).map(drop)
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use interlace::bundle::Bundle;
-use interlace::data::{ImageBytes, Part, Processor};
+use interlace::data::{ImageBytes, MessagePart, Processor};
 use serde_json::{Value, json};
 
 fn fixtures(path: &str) -> PathBuf {
@@ -40,7 +40,7 @@ fn pixel_values_equal_transformers_bit_for_bit() {
         for (name, want) in &arrays {
             let Some(picture) = name.strip_suffix(&format!(".{way}.pixel_values")) else { continue };
             let image = ImageBytes::file(picture, fixtures("processor/pictures").join(format!("{picture}.png")));
-            let encoded = processor.encode_question(picture, &[Part::Image(0)], &[image]).unwrap();
+            let encoded = processor.encode_question(picture, &[MessagePart::Image(0)], &[image]).unwrap();
             let found = encoded.images.unwrap().joined("pixel_values").unwrap();
             let found = found.floats().unwrap();
             let shape: Vec<usize> = want.size().iter().skip(1).map(|dim| *dim as usize).collect();

@@ -124,6 +124,41 @@ fn check_table(table: &serde_json::Value, out: &Path) {
     assert!(seen.iter().all(|report| report["sample_ids"] == seen[0]["sample_ids"]));
 }
 
+/// The plan with the lowest loss on held-back data after a short healing is the run's own; every pruned model of the run has
+/// bridges, fitted on the calibration data.
+#[test]
+fn auto_takes_the_candidate_that_heals_best_on_held_back_data() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    fs::write(here.join("words.jsonl"), WORDS).expect("text");
+    let plan = r#"plan = { drop_count = 2, strategies = ["auto"], auto = { candidates = ["interlace", "angular"], step_tokens = 256 } }
+        prune = { compensate = "bridge", rank = 2, fit_tokens = 512 }"#;
+    let text = recipe("1e-3").replace(r#"plan = { drop_count = 2, strategies = ["interlace", "angular"] }"#, plan);
+    assert!(text.contains("step_tokens = 256"));
+    fs::write(here.join("recipe.toml"), text.replace("samples = 3,", "samples = 8,")).expect("recipe");
+    let output = interlace(here, &["run", "recipe.toml"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let out = here.join("out");
+    let losses = ["interlace", "angular"].map(|name| {
+        let loss = &read(&out.join(format!("held-back-auto-{name}.json")))["model"]["mean_loss"];
+        (loss.as_f64().expect("a loss"), name)
+    });
+    let best = if losses[1].0 < losses[0].0 { losses[1].1 } else { losses[0].1 };
+    let (said, printed) = (stderr(&output), stdout(&output));
+    assert!(said.contains(&format!("auto: chose {best}")), "{said}");
+    assert!(printed.contains(&format!("auto ({best}), finetuned")), "{printed}");
+    let chosen = read(&out.join(format!("plan-{best}.json")))["drop"].clone();
+    let record = read(&out.join("healed-auto/interlace.json"));
+    assert_eq!(record["history"][0]["dropped"], chosen);
+    let settings = &read(&out.join("pruned-auto/interlace.json"))["settings"];
+    assert_eq!((&settings["compensation"]["kind"], &settings["compensation"]["rank"]), (&"bridge".into(), &2.into()));
+    // The trial models are gone, and a second run repeats nothing.
+    assert!(!out.join("auto-interlace").exists() && !out.join("auto-angular").exists());
+    let again = interlace(here, &["run", "recipe.toml"]);
+    assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+    assert!(!stderr(&again).lines().any(|line| line.ends_with(" s")), "{}", stderr(&again));
+}
+
 fn sweep_file(recipes: &str) -> String {
     let (model, data, bench) =
         (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));

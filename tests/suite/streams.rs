@@ -11,7 +11,7 @@ use interlace::base::Device;
 use interlace::ir::{DataType, Model};
 use interlace::onnx;
 use interlace::rewrite::{KEEP_INPUT, LOSS_OUTPUT, ROWS_INPUT, TARGETS_INPUT, bypass_layers, drop_layers};
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 
 use super::cli::{interlace, stderr, stdout};
 
@@ -28,12 +28,12 @@ pub fn network(name: &str) -> (Analysis, Arrays) {
     (analysis, arrays.into_iter().collect())
 }
 
-pub fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
+pub fn fed(tensor: &tch::Tensor, dtype: DataType) -> TensorValue {
     let shape: Vec<usize> = tensor.size().iter().map(|&dim| dim as usize).collect();
     let flat = tensor.contiguous().view([-1]);
     match dtype {
-        DataType::Float => Tensor::from_f32(dtype, &shape, Vec::<f32>::try_from(flat).unwrap()).unwrap(),
-        _ => Tensor::from_i64(dtype, &shape, Vec::<i64>::try_from(flat).unwrap()).unwrap(),
+        DataType::Float => TensorValue::from_f32(dtype, &shape, Vec::<f32>::try_from(flat).unwrap()).unwrap(),
+        _ => TensorValue::from_i64(dtype, &shape, Vec::<i64>::try_from(flat).unwrap()).unwrap(),
     }
 }
 
@@ -42,11 +42,11 @@ fn check_outputs(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let mut session = runtime.session_of(model, &SessionOptions::default()).unwrap();
     let ports = session.inputs().to_vec();
-    let feeds: Vec<(String, Tensor)> = ports
+    let feeds: Vec<(String, TensorValue)> = ports
         .into_iter()
         .map(|port| (port.name.clone(), fed(&arrays[&format!("in.{}", port.name)], port.dtype)))
         .collect();
-    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let outputs = session.run(&feeds, None).unwrap();
     let start = format!("{prefix}.");
     let mut want: Vec<&str> = arrays.keys().filter_map(|key| key.strip_prefix(&start)).collect();
@@ -256,8 +256,8 @@ fn bypassed_layers_give_the_losses_of_deleted_layers() {
             let kept: Vec<i64> =
                 (0..analysis.map.layers.len()).map(|layer| i64::from(!drop.contains(&layer))).collect();
             let rows: Vec<i64> = (0..tokens).flat_map(|token| [0, token]).collect();
-            let integers = |dtype, shape: &[usize], values| Tensor::from_i64(dtype, shape, values).unwrap();
-            let feeds: Vec<(String, Tensor)> = session
+            let integers = |dtype, shape: &[usize], values| TensorValue::from_i64(dtype, shape, values).unwrap();
+            let feeds: Vec<(String, TensorValue)> = session
                 .inputs()
                 .iter()
                 .map(|port| {
@@ -270,7 +270,7 @@ fn bypassed_layers_give_the_losses_of_deleted_layers() {
                     (port.name.clone(), tensor)
                 })
                 .collect();
-            let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+            let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
             let outputs = session.run(&feeds, None).unwrap();
             let found = outputs.get(LOSS_OUTPUT).unwrap().to_f32().unwrap();
             let far = (tch::Tensor::from_slice(&found) - want.view([-1])).abs().max().double_value(&[]);

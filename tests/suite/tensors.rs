@@ -131,8 +131,8 @@ fn ordinary(folder: &Path, count: usize) -> PathBuf {
         let mut messages = Vec::new();
         for turn in &sample.turns {
             let text = turn.user.iter().map(|part| match part {
-                interlace::data::Part::Image(_) => "<image>".to_string(),
-                interlace::data::Part::Text(text) => text.clone(),
+                interlace::data::MessagePart::Image(_) => "<image>".to_string(),
+                interlace::data::MessagePart::Text(text) => text.clone(),
             });
             messages.push(serde_json::json!({"from": "human", "value": text.collect::<String>()}));
             messages.push(serde_json::json!({"from": "gpt", "value": turn.assistant}));

@@ -6,7 +6,7 @@ use interlace::base::{Cancel, Device};
 use interlace::eval::{CheckStatus, VerifyReport, verify, verify_on};
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 
 fn zoo(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
@@ -355,7 +355,7 @@ fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
     assert!(report.passed && report.checks[0].difference <= Some(1e-4), "{report:#?}");
 
     // The result of the check if ONNX Runtime used its default precision.
-    let x = Tensor::from_f32(DataType::Float, &[2, 64], Vec::<f32>::try_from(x.flatten(0, -1)).expect("floats"));
+    let x = TensorValue::from_f32(DataType::Float, &[2, 64], Vec::<f32>::try_from(x.flatten(0, -1)).expect("floats"));
     let x = x.expect("tensor");
     let product = |options: &SessionOptions| {
         let mut session = runtime.session(&graph, options).expect("session");

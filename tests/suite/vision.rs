@@ -6,7 +6,7 @@ use std::path::Path;
 
 use interlace::base::Device;
 use interlace::ir::DataType;
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 use interlace::{onnx, torch};
 
 use super::cli::{interlace, stderr};
@@ -19,8 +19,8 @@ fn distances(graph: &Path, expected: &str) -> (f64, f64) {
     let want = &data["exp.image_features"];
     let shape = |tensor: &tch::Tensor| -> Vec<usize> { tensor.size().iter().map(|&dim| dim as usize).collect() };
     let fed = [
-        Tensor::new(&shape(pixels), Vec::<f32>::try_from(pixels.reshape([-1])).unwrap()).unwrap(),
-        Tensor::from_i64(
+        TensorValue::new(&shape(pixels), Vec::<f32>::try_from(pixels.reshape([-1])).unwrap()).unwrap(),
+        TensorValue::from_i64(
             DataType::Bool,
             &shape(mask),
             Vec::try_from(mask.to_kind(tch::Kind::Int64).reshape([-1])).unwrap(),

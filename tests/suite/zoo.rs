@@ -12,7 +12,7 @@ use interlace::base::Device;
 use interlace::ir::{DataType, Dim, Model};
 use interlace::onnx;
 use interlace::rewrite::drop_layers;
-use interlace::runtime::{Runtime, Session, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, Session, SessionOptions, TensorValue};
 
 const DROPS: &[&[usize]] = &[&[], &[2, 5], &[0, 7], &[3], &[4], &[0, 1, 2, 3]];
 
@@ -53,13 +53,13 @@ fn floats(tensor: &tch::Tensor) -> Vec<f32> {
     Vec::<f32>::try_from(tensor.to_kind(tch::Kind::Float).contiguous().view([-1])).unwrap()
 }
 
-fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
+fn fed(tensor: &tch::Tensor, dtype: DataType) -> TensorValue {
     let shape: Vec<usize> = tensor.size().iter().map(|&dim| dim as usize).collect();
     match dtype {
-        DataType::Float | DataType::Float16 => Tensor::from_f32(dtype, &shape, floats(tensor)).unwrap(),
+        DataType::Float | DataType::Float16 => TensorValue::from_f32(dtype, &shape, floats(tensor)).unwrap(),
         _ => {
             let values = Vec::<i64>::try_from(tensor.to_kind(tch::Kind::Int64).contiguous().view([-1])).unwrap();
-            Tensor::from_i64(dtype, &shape, values).unwrap()
+            TensorValue::from_i64(dtype, &shape, values).unwrap()
         }
     }
 }
@@ -70,10 +70,10 @@ fn step(
     session: &mut Session,
     data: &Arrays,
     prefix: &str,
-    mut past: HashMap<String, Tensor>,
+    mut past: HashMap<String, TensorValue>,
     given: &dyn Fn(&str) -> String,
     head_dim: usize,
-) -> HashMap<String, Tensor> {
+) -> HashMap<String, TensorValue> {
     let mut feeds = Vec::new();
     for port in session.inputs().to_vec() {
         let name = given(&port.name);
@@ -95,18 +95,18 @@ fn step(
                 _ => 0,
             };
             let shape: Vec<usize> = port.shape.iter().enumerate().map(|(axis, dim)| size(axis, dim)).collect();
-            Tensor::empty(port.dtype, &shape).unwrap()
+            TensorValue::empty(port.dtype, &shape).unwrap()
         };
         feeds.push((port.name, tensor));
     }
-    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut outputs = session.run(&feeds, None).unwrap();
     let names: Vec<String> = outputs.iter().map(|(name, _)| name.to_string()).collect();
     names.into_iter().map(|name| (name.clone(), outputs.take(&name).unwrap())).collect()
 }
 
 /// The largest difference of the logits at the last `rows` positions from the expected ones.
-fn distance(found: &Tensor, want: &tch::Tensor) -> f32 {
+fn distance(found: &TensorValue, want: &tch::Tensor) -> f32 {
     let rows = found.shape()[1] as i64;
     let want = want.narrow(1, want.size()[1] - rows, rows);
     let (found, want) = (found.to_f32().unwrap(), floats(&want));

@@ -15,8 +15,8 @@ use crate::prompt::{IMAGE_SIZES, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
-use super::settings::Settings;
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames, int_row};
+use super::settings::ProcessorSettings;
 
 /// Maximum number of resolutions in a config.
 const MAX_RESOLUTIONS: usize = 1024;
@@ -32,7 +32,7 @@ pub(super) struct AnyRes {
 }
 
 impl AnyRes {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let size = settings.rectangle("size", [384, 384])?;
         let tile = settings.rectangle("crop_size", size)?[0];
         let listed = resolutions(settings)?;
@@ -59,7 +59,7 @@ impl AnyRes {
 }
 
 /// `image_grid_pinpoints`, or all pairs of multiples of 384 up to 2304.
-fn resolutions(settings: &mut Settings) -> Result<Vec<[usize; 2]>> {
+fn resolutions(settings: &mut ProcessorSettings) -> Result<Vec<[usize; 2]>> {
     let Some(value) = settings.take("image_grid_pinpoints") else {
         let edges = || (1..=6).map(|n| n * 384);
         return Ok(edges().flat_map(|height| edges().map(move |width| [height, width])).collect());
@@ -75,7 +75,7 @@ fn resolutions(settings: &mut Settings) -> Result<Vec<[usize; 2]>> {
         .ok_or_else(|| settings.error("image_grid_pinpoints", &value, "pairs of height and width"))
 }
 
-impl Rule for AnyRes {
+impl ImageRule for AnyRes {
     fn process(&self, picture: &Picture, count: usize) -> Result<Processed> {
         let [height, width] = self.size;
         let mut layout = ImageLayout {

@@ -11,8 +11,8 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 #[derive(Debug)]
 pub(super) struct Centred {
@@ -24,7 +24,7 @@ pub(super) struct Centred {
 }
 
 impl Centred {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let size = settings.rectangle("size", [384, 384])?;
         if size[0] != size[1] || !settings.bool("do_resize", true)? {
             return Err(settings.contradiction("expected `do_resize` and `size` as a square"));
@@ -42,7 +42,7 @@ impl Centred {
     }
 }
 
-impl Rule for Centred {
+impl ImageRule for Centred {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let scale = self.size as f64 / picture.width().max(picture.height()) as f64;
         let edge = |edge: usize| ((edge as f64 * scale).round_ties_even() as usize).max(self.min_size);

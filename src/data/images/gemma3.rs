@@ -10,8 +10,8 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{HALVES, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{HALVES, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 #[derive(Debug)]
 pub(super) struct Gemma3 {
@@ -29,7 +29,7 @@ struct PanAndScan {
 }
 
 impl Gemma3 {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let scan = settings.bool("do_pan_and_scan", false)?;
         let scan = settings.tiles(scan);
         let pan_and_scan = PanAndScan {
@@ -50,7 +50,7 @@ impl Gemma3 {
     }
 }
 
-impl Rule for Gemma3 {
+impl ImageRule for Gemma3 {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let mut views = vec![picture.clone()];
         let mut tiles = [0, 0];

@@ -14,8 +14,8 @@ use crate::prompt::{Array, PIXEL_POSITION_IDS, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{ImageLayout, Processed, Rule, floats};
-use super::settings::Settings;
+use super::rule::{ImageLayout, ImageRule, Processed, floats};
+use super::settings::ProcessorSettings;
 
 /// Values of `max_soft_tokens` (image features) that the models were trained with.
 const SOFT_TOKENS: [usize; 5] = [70, 140, 280, 560, 1120];
@@ -31,7 +31,7 @@ pub(super) struct Gemma4 {
 }
 
 impl Gemma4 {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let soft_tokens = settings.size("max_soft_tokens", 280)?;
         if !SOFT_TOKENS.contains(&soft_tokens) {
             return Err(settings.contradiction(format!("`max_soft_tokens` is {soft_tokens}, expected {SOFT_TOKENS:?}")));
@@ -80,7 +80,7 @@ impl Gemma4 {
     }
 }
 
-impl Rule for Gemma4 {
+impl ImageRule for Gemma4 {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let frame = if self.resize {
             let (width, height) = self.size(picture)?;

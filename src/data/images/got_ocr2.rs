@@ -12,8 +12,8 @@ use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 /// Upper limit of `max_patches` in a config.
 const MAX_TILES: usize = 256;
@@ -29,7 +29,7 @@ pub(super) struct GotOcr2 {
 }
 
 impl GotOcr2 {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let crop = settings.bool("crop_to_patches", false)?;
         let crop = settings.tiles(crop);
         let (least, most) = (settings.size("min_patches", 1)?, settings.size("max_patches", 12)?);
@@ -50,7 +50,7 @@ impl GotOcr2 {
     }
 }
 
-impl Rule for GotOcr2 {
+impl ImageRule for GotOcr2 {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let [height, width] = self.size;
         let original = [picture.height(), picture.width()];

@@ -15,8 +15,8 @@ use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 /// Maximum number of rows and of columns for which the tokenizer has tokens.
 const MAX_SIDE: usize = 16;
@@ -44,7 +44,7 @@ struct Dense {
 }
 
 impl GraniteDocling {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let crop = settings.bool("crop_to_patches", true)?;
         let crop = settings.tiles(crop);
         let (least, most) = (settings.size("min_patches", 1)?, settings.size("max_patches", 32)?);
@@ -90,7 +90,7 @@ impl GraniteDocling {
     }
 }
 
-impl Rule for GraniteDocling {
+impl ImageRule for GraniteDocling {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let [height, width] = self.size;
         let original = [picture.height(), picture.width()];

@@ -14,8 +14,8 @@ use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{HALVES, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{HALVES, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 /// Maximum edge after the first resize, in pixels.
 const MAX_EDGE: usize = 4096;
@@ -38,7 +38,7 @@ enum ResizeTarget {
 }
 
 impl Idefics3 {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let do_resize = settings.bool("do_resize", true)?;
         let edges = settings.edges("size", &["longest_edge", "height", "width"])?;
         let target = match edges.as_deref() {
@@ -117,7 +117,7 @@ impl Idefics3 {
     }
 }
 
-impl Rule for Idefics3 {
+impl ImageRule for Idefics3 {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let mut all = Vec::new();
         let tiles = self.cut(picture, &mut all)?;

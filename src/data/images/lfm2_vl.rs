@@ -15,8 +15,8 @@ use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
-use super::settings::Settings;
+use super::rule::{HALVES, ImageLayout, ImageRule, Processed, floats};
+use super::settings::ProcessorSettings;
 
 /// Upper limit of `max_tiles` in a config.
 const MAX_TILES: usize = 256;
@@ -38,7 +38,7 @@ pub(super) struct Lfm2Vl {
 }
 
 impl Lfm2Vl {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let split = settings.bool("do_image_splitting", true)?;
         // The class ignores the value of `do_resize`, and computes its sizes from the numbers of tokens.
         settings.bool("do_resize", true)?;
@@ -114,7 +114,7 @@ impl Lfm2Vl {
     }
 }
 
-impl Rule for Lfm2Vl {
+impl ImageRule for Lfm2Vl {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let (width, height) = self.whole_size(picture);
         let split = self.split && (self.min_tiles, self.max_tiles) != (1, 1) && self.is_large(picture);

@@ -13,8 +13,8 @@ use crate::prompt::{Array, PIXEL_VALUES, TARGET_SIZES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
-use super::settings::Settings;
+use super::rule::{HALVES, ImageLayout, ImageRule, Processed, floats};
+use super::settings::ProcessorSettings;
 
 /// Upper limit of `max_slice_nums` in a config.
 const MAX_SLICES: usize = 256;
@@ -31,7 +31,7 @@ pub(super) struct MiniCpmV {
 }
 
 impl MiniCpmV {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let slice = settings.bool("slice_mode", true)?;
         let slice = settings.tiles(slice);
         let most = settings.size("max_slice_nums", 9)?;
@@ -105,7 +105,7 @@ fn whole(edge: f64, unit: usize) -> usize {
     ((edge / unit as f64).round_ties_even() as usize * unit).max(unit)
 }
 
-impl Rule for MiniCpmV {
+impl ImageRule for MiniCpmV {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let (width, height) = (picture.width(), picture.height());
         let grid = self.grid(picture);

@@ -3,7 +3,7 @@
 
 mod anyres;
 mod centred;
-mod fixed;
+mod fixed_size;
 mod gemma3;
 mod gemma4;
 mod got_ocr2;
@@ -35,9 +35,9 @@ use super::sample::ImageBytes;
 
 pub use picture::{Picture, Transparency};
 pub use resample::{BackEnd, Filter, Scaler};
-use rule::Rule;
+use rule::ImageRule;
 pub use rule::{ImageLayout, VideoLayout};
-pub(super) use settings::Settings;
+pub(super) use settings::ProcessorSettings;
 
 /// Output of an image processor for the pictures of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -93,7 +93,7 @@ pub(super) struct ProcessorRow {
     tiles: Option<&'static str>,
     /// Key of the most tiles of a picture.
     max_tiles: Option<&'static str>,
-    build: fn(&mut Settings) -> Result<Box<dyn Rule>>,
+    build: fn(&mut ProcessorSettings) -> Result<Box<dyn ImageRule>>,
 }
 
 /// Defaults of the rows. Each row sets `types` and `build`.
@@ -141,20 +141,20 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["CLIPImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::clip(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::clip(settings)?)),
         ..USUAL
     },
     ProcessorRow {
         types: &["LlavaImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::llava(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::llava(settings)?)),
         ..USUAL
     },
     ProcessorRow {
         types: &["SiglipImageProcessor"],
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::siglip(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::siglip(settings)?)),
         ..USUAL
     },
     ProcessorRow {
@@ -273,7 +273,7 @@ pub struct ImageSettings {
 /// Converts pictures and videos to arrays.
 #[derive(Debug)]
 pub(super) struct ImageProcessor {
-    rule: Box<dyn Rule>,
+    rule: Box<dyn ImageRule>,
     transparency: Transparency,
     /// Layout of video frames; `None` if the model takes no videos.
     video: Option<patches::Patches>,
@@ -295,7 +295,7 @@ impl ImageProcessor {
         // transformers saves class names without the suffix of the back end. A suffix is therefore the user's choice.
         let named = kind.ends_with("Pil").then_some(BackEnd::Pil);
         let back_end = own.back_end.or(named).unwrap_or(row.back_end);
-        let mut settings = Settings::new(source, map, back_end, own.tiles);
+        let mut settings = ProcessorSettings::new(source, map, back_end, own.tiles);
         let on_white = settings.bool("do_convert_rgb", row.on_white)?;
         let rule = (row.build)(&mut settings)?;
         for (flag, key, value) in
@@ -345,7 +345,7 @@ impl ImageProcessor {
     /// Errors: as `new`.
     pub fn read_video(&mut self, config: &Value) -> Result<()> {
         let map = config.as_object().cloned().unwrap_or_default();
-        let mut settings = Settings::new("the video processor's config", map, BackEnd::Torchvision, None);
+        let mut settings = ProcessorSettings::new("the video processor's config", map, BackEnd::Torchvision, None);
         self.video = Some(patches::Patches::qwen3_vl_video(&mut settings)?);
         settings.finish()
     }

@@ -11,8 +11,8 @@ use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
-use super::settings::Settings;
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames};
+use super::settings::ProcessorSettings;
 
 /// Upper limit of `max_patches` in a config.
 const MAX_TILES: usize = 256;
@@ -30,7 +30,7 @@ pub(super) struct Ovis2 {
 }
 
 impl Ovis2 {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let crop = settings.bool("crop_to_patches", false)?;
         let crop = settings.tiles(crop);
         let (least, most) = (settings.size("min_patches", 1)?, settings.size("max_patches", 12)?);
@@ -52,7 +52,7 @@ impl Ovis2 {
     }
 }
 
-impl Rule for Ovis2 {
+impl ImageRule for Ovis2 {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let [height, width] = self.size;
         let original = [picture.height(), picture.width()];

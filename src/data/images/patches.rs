@@ -13,8 +13,8 @@ use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{Arrays, CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
-use super::settings::Settings;
+use super::rule::{Arrays, CLIP, HALVES, ImageLayout, ImageRule, Processed, VideoLayout, floats, int_row};
+use super::settings::ProcessorSettings;
 
 /// Upper limit of `temporal_patch_size`, which is the number of copies of a still picture.
 const MAX_FRAMES: usize = 16;
@@ -61,20 +61,20 @@ enum PatchRule {
 }
 
 impl Patches {
-    pub fn qwen2_vl(settings: &mut Settings) -> Result<Self> {
+    pub fn qwen2_vl(settings: &mut ProcessorSettings) -> Result<Self> {
         Self::new(settings, PatchRule::Qwen2Vl, (56 * 56, 28 * 28 * 1280), 2)
     }
 
-    pub fn glm4v(settings: &mut Settings) -> Result<Self> {
+    pub fn glm4v(settings: &mut ProcessorSettings) -> Result<Self> {
         Self::new(settings, PatchRule::Glm4v, (112 * 112, 28 * 28 * 15000), 2)
     }
 
-    pub fn paddleocr_vl(settings: &mut Settings) -> Result<Self> {
+    pub fn paddleocr_vl(settings: &mut ProcessorSettings) -> Result<Self> {
         Self::new(settings, PatchRule::PaddleOcrVl, (384 * 384, 1536 * 1536), 1)
     }
 
-    /// Errors: as the methods of [`Settings`].
-    pub fn qwen3_vl_video(settings: &mut Settings) -> Result<Self> {
+    /// Errors: as the methods of [`ProcessorSettings`].
+    pub fn qwen3_vl_video(settings: &mut ProcessorSettings) -> Result<Self> {
         // The caller passes the frames, so nothing is sampled here.
         const SAMPLING: &[&str] = &[
             "fps",
@@ -135,11 +135,11 @@ impl Patches {
         Ok((moments, VideoLayout { times: times.chunks_exact(self.frames).map(middle).collect(), features }))
     }
 
-    fn new(settings: &mut Settings, kind: PatchRule, pixels: (usize, usize), frames: usize) -> Result<Self> {
+    fn new(settings: &mut ProcessorSettings, kind: PatchRule, pixels: (usize, usize), frames: usize) -> Result<Self> {
         Self::with_defaults(settings, kind, Defaults { pixels, frames, patch: 14, levels: CLIP })
     }
 
-    fn with_defaults(settings: &mut Settings, kind: PatchRule, defaults: Defaults) -> Result<Self> {
+    fn with_defaults(settings: &mut ProcessorSettings, kind: PatchRule, defaults: Defaults) -> Result<Self> {
         let (least, most) = defaults.pixels;
         let size = settings.edges("size", &["shortest_edge", "longest_edge", "min_pixels", "max_pixels"])?;
         let size = size.unwrap_or_else(|| vec![None; 4]);
@@ -303,7 +303,7 @@ impl Patches {
     }
 }
 
-impl Rule for Patches {
+impl ImageRule for Patches {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let scaled = self.scaled(picture, self.frames)?;
         let (arrays, features) = self.lay_out(&vec![&scaled; self.frames])?;

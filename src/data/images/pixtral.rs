@@ -11,8 +11,8 @@ use crate::prompt::{IMAGE_SIZES, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
-use super::rule::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
-use super::settings::{Settings, Size};
+use super::rule::{CLIP, ImageLayout, ImageRule, Processed, frames, int_row};
+use super::settings::{ProcessorSettings, Size};
 
 #[derive(Debug)]
 pub(super) struct Pixtral {
@@ -25,7 +25,7 @@ pub(super) struct Pixtral {
 }
 
 impl Pixtral {
-    pub fn new(settings: &mut Settings) -> Result<Self> {
+    pub fn new(settings: &mut ProcessorSettings) -> Result<Self> {
         let most = match settings.size_of("size", true)? {
             None => [1024, 1024],
             Some(Size::LongestEdge(edge)) => [edge, edge],
@@ -59,7 +59,7 @@ impl Pixtral {
     }
 }
 
-impl Rule for Pixtral {
+impl ImageRule for Pixtral {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let frame = if self.resize {
             let (width, height) = self.size(picture);

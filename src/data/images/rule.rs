@@ -60,7 +60,7 @@ pub(super) type Arrays = Vec<(&'static str, Array)>;
 pub(super) type Processed = (Arrays, ImageLayout);
 
 /// Computes the arrays of a picture. Each kind of image processor has one rule.
-pub(super) trait Rule: std::fmt::Debug + Send + Sync {
+pub(super) trait ImageRule: std::fmt::Debug + Send + Sync {
     /// Processes one picture of a conversation with `count` pictures.
     ///
     /// Errors: `Error::Invalid` for a picture that the rule does not accept.

@@ -46,7 +46,7 @@ pub(in crate::data) enum Size {
 }
 
 /// A config whose keys are each read once.
-pub(in crate::data) struct Settings {
+pub(in crate::data) struct ProcessorSettings {
     source: String,
     map: Map<String, Value>,
     back_end: BackEnd,
@@ -54,9 +54,9 @@ pub(in crate::data) struct Settings {
     tiles: Option<bool>,
 }
 
-impl Settings {
+impl ProcessorSettings {
     pub fn new(source: &str, map: Map<String, Value>, back_end: BackEnd, tiles: Option<bool>) -> Self {
-        Settings { source: source.to_string(), map, back_end, tiles }
+        ProcessorSettings { source: source.to_string(), map, back_end, tiles }
     }
 
     /// `Error::Invalid` for the value of one key.

@@ -15,7 +15,7 @@ use tempfile::SpooledTempFile;
 use super::super::columns::Cells;
 use super::super::sample::MAX_IMAGE_BYTES;
 use super::hybrid::{Hybrid, byte};
-use super::page::{Body, Head, PageKind, Span, exactly, streams};
+use super::page::{Head, PageBody, PageKind, Span, exactly, streams};
 
 /// Maximum size of the repetition or definition levels of a page, in bytes.
 const MAX_LEVEL_BYTES: u64 = 64 << 20;
@@ -72,9 +72,9 @@ struct Page {
 
 enum Values {
     /// Values, each after its length.
-    Plain(Body),
+    Plain(PageBody),
     /// Indices into the dictionary.
-    Positions(Hybrid<Body>),
+    Positions(Hybrid<PageBody>),
 }
 
 /// The dictionary of the column.
@@ -282,7 +282,7 @@ impl LeafLevels {
 
 impl Page {
     fn open(head: &Head, codec: Compression, levels: LeafLevels) -> Result<Self, String> {
-        let level_bytes = |body: &mut Body, bytes: u64| match bytes <= MAX_LEVEL_BYTES {
+        let level_bytes = |body: &mut PageBody, bytes: u64| match bytes <= MAX_LEVEL_BYTES {
             true => exactly(body, bytes),
             false => Err(format!("has levels of {bytes} bytes in a page, expected at most {MAX_LEVEL_BYTES}")),
         };
@@ -392,7 +392,7 @@ impl DictionaryValues {
 }
 
 /// Reads the next value of a page, or skips it and returns `None`.
-fn plain(body: &mut Body, keep: bool) -> Result<Option<Arc<[u8]>>, String> {
+fn plain(body: &mut PageBody, keep: bool) -> Result<Option<Arc<[u8]>>, String> {
     let length = body.length()?.ok_or("has a page that ends before its last value")?;
     if !keep {
         body.skip(u64::from(length))?;

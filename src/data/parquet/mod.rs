@@ -27,7 +27,7 @@ use crate::data::columns::{Cells, Columns};
 use crate::data::guard::guarded;
 use crate::data::listing::{Listed, content_key};
 use crate::data::options::DataOptions;
-use crate::data::row::{Piece, RawMessage, SourceRow, Speaker};
+use crate::data::row::{RawMessage, RawPiece, SourceRow, Speaker};
 
 use byte_column::ByteColumn;
 
@@ -301,8 +301,8 @@ fn key_of(id: Option<String>, messages: &[RawMessage]) -> u64 {
     for message in messages {
         texts.push(format!("{:?}", message.speaker));
         texts.extend(message.pieces.iter().map(|piece| match piece {
-            Piece::Text(text) => text.clone(),
-            Piece::Image(index) => format!("{index:?}"),
+            RawPiece::Text(text) => text.clone(),
+            RawPiece::Image(index) => format!("{index:?}"),
         }));
     }
     content_key(&texts)

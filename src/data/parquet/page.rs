@@ -136,15 +136,15 @@ impl Head {
     /// Opens the body after its first `bytes` bytes, which are not compressed, and decompresses it.
     ///
     /// Errors: the page is shorter, or its compression cannot be read as a stream.
-    pub fn open(&self, codec: Compression, bytes: u64) -> Result<Body, String> {
+    pub fn open(&self, codec: Compression, bytes: u64) -> Result<PageBody, String> {
         let body = self.body.after(bytes)?.buffered();
         Ok(match codec {
-            Compression::UNCOMPRESSED => Body::Stored(body),
-            _ if !self.compressed => Body::Stored(body),
-            Compression::SNAPPY => Body::Coded(Box::new(Snappy::new(body))),
-            Compression::GZIP(_) => Body::Coded(Box::new(flate2::bufread::MultiGzDecoder::new(body))),
+            Compression::UNCOMPRESSED => PageBody::Stored(body),
+            _ if !self.compressed => PageBody::Stored(body),
+            Compression::SNAPPY => PageBody::Coded(Box::new(Snappy::new(body))),
+            Compression::GZIP(_) => PageBody::Coded(Box::new(flate2::bufread::MultiGzDecoder::new(body))),
             Compression::ZSTD(_) => {
-                Body::Coded(Box::new(zstd::stream::read::Decoder::with_buffer(body).map_err(|e| e.to_string())?))
+                PageBody::Coded(Box::new(zstd::stream::read::Decoder::with_buffer(body).map_err(|e| e.to_string())?))
             }
             other => return Err(format!("is compressed by {other}, which is not read as a stream")),
         })
@@ -157,21 +157,21 @@ pub(super) fn streams(codec: Compression) -> bool {
 }
 
 /// Reader of the decompressed body of a page.
-pub(super) enum Body {
+pub(super) enum PageBody {
     Stored(BufReader<Span>),
     Coded(Box<dyn Read>),
 }
 
-impl Body {
+impl PageBody {
     /// Skips `bytes` bytes.
     ///
     /// Errors: fewer bytes are left.
     pub fn skip(&mut self, bytes: u64) -> Result<(), String> {
         let skipped = match self {
-            Body::Stored(input) => {
+            PageBody::Stored(input) => {
                 i64::try_from(bytes).map_err(io::Error::other).and_then(|bytes| input.seek_relative(bytes))
             }
-            Body::Coded(input) => {
+            PageBody::Coded(input) => {
                 io::copy(&mut input.take(bytes), &mut io::sink()).and_then(|skipped| match skipped == bytes {
                     true => Ok(()),
                     false => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -195,11 +195,11 @@ impl Body {
     }
 }
 
-impl Read for Body {
+impl Read for PageBody {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         match self {
-            Body::Stored(input) => input.read(out),
-            Body::Coded(input) => input.read(out),
+            PageBody::Stored(input) => input.read(out),
+            PageBody::Coded(input) => input.read(out),
         }
     }
 }

@@ -70,7 +70,7 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
             None => Ok(number),
         }
     };
-    let said = bounded("processor_config.json", "image_seq_len", processor_config.get("image_seq_len"))?;
+    let configured = bounded("processor_config.json", "image_seq_len", processor_config.get("image_seq_len"))?;
     let vision = config.get("vision_config");
     let size = |key: &str| bounded("config.json", key, vision.and_then(|vision| vision.get(key)));
     let scale = bounded("config.json", "scale_factor", config.get("scale_factor"))?;
@@ -82,15 +82,15 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
         let problem = "image_size, patch_size and scale_factor leave no feature of a tile";
         return Err(Error::invalid("`config.json`", problem).remedy("restore the config that belongs to the model"));
     }
-    match (said, computed) {
-        (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
+    match (configured, computed) {
+        (Some(configured), Some(computed)) if configured != computed => Err(Error::invalid(
             "`processor_config.json`",
             format!(
-                "`image_seq_len` is {said}, but the config's image_size, patch_size and scale_factor make {computed}"
+                "`image_seq_len` is {configured}, but the config's image_size, patch_size and scale_factor make {computed}"
             ),
         )
         .remedy("restore both files of the model")),
         // 169 is the default of these processors.
-        (said, computed) => Ok(said.or(computed).unwrap_or(169)),
+        (configured, computed) => Ok(configured.or(computed).unwrap_or(169)),
     }
 }

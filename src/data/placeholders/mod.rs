@@ -19,7 +19,7 @@ use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
 use super::families::family_of;
-use super::images::{self, BackEnd, Settings};
+use super::images::{self, BackEnd, ProcessorSettings};
 use super::tokenizer::Tokenizer;
 
 use placeholder::Files;
@@ -35,7 +35,7 @@ pub(super) fn open(bundle: &Bundle, tokenizer: &Tokenizer, image: &Value, config
     let own = |key: &String| !NESTED.contains(&key.as_str());
     let map = config.as_object().cloned().unwrap_or_default();
     let map = map.into_iter().filter(|(key, _)| own(key)).collect();
-    let settings = Settings::new("processor_config.json", map, BackEnd::Pil, None);
+    let settings = ProcessorSettings::new("processor_config.json", map, BackEnd::Pil, None);
     let mut files = Files { tokenizer, settings, image, config, model };
     let placeholder = (row.open)(&mut files)?;
     // Only some rows read a token of videos.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::image_token_entry;
 
-use super::super::images::{ImageLayout, Settings, VideoLayout};
+use super::super::images::{ImageLayout, ProcessorSettings, VideoLayout};
 use super::super::tokenizer::Tokenizer;
 
 /// Builds the text of one image.
@@ -74,7 +74,7 @@ impl Placeholder {
 pub(super) struct Files<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Settings of the processor; each may be read once.
-    pub settings: Settings,
+    pub settings: ProcessorSettings,
     /// Configuration of the image processor.
     pub image: &'a Value,
     /// Content of `processor_config.json`.
@@ -89,8 +89,8 @@ impl Files<'_> {
     ///
     /// Errors: `Error::Invalid` when the setting is not text.
     pub fn token(&mut self, name: &str, default: &str) -> Result<String> {
-        let said = self.settings.text(name, default)?;
-        Ok(self.tokenizer.named(name).map_or(said, str::to_string))
+        let configured = self.settings.text(name, default)?;
+        Ok(self.tokenizer.named(name).map_or(configured, str::to_string))
     }
 
     /// Looks up the token of image features: the model's `image_token_id`, else the special token `name`, else
@@ -98,7 +98,7 @@ impl Files<'_> {
     ///
     /// Errors: `Error::Invalid` when the tokenizer does not have the token.
     pub fn feature(&mut self, name: &str, default: &str) -> Result<String> {
-        let said = self.token(name, default)?;
+        let configured = self.token(name, default)?;
         if let Some((key, id)) = image_token_entry(self.model) {
             let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).and_then(|id| self.tokenizer.token(id));
             return token.ok_or_else(|| {
@@ -106,10 +106,10 @@ impl Files<'_> {
                     .remedy("restore `config.json` and `tokenizer.json` of the same model")
             });
         }
-        if self.tokenizer.id(&said).is_none() {
-            return Err(Error::invalid("`tokenizer.json`", format!("has no image token `{said}`"))
+        if self.tokenizer.id(&configured).is_none() {
+            return Err(Error::invalid("`tokenizer.json`", format!("has no image token `{configured}`"))
                 .remedy("restore `tokenizer.json` and `processor_config.json` of the same model"));
         }
-        Ok(said)
+        Ok(configured)
     }
 }

@@ -16,9 +16,13 @@ use std::collections::HashMap;
 
 use crate::analysis;
 use crate::base::{Error, Result};
-use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId, ValueType};
-use crate::rewrite::{Joined, Part, Scope};
+use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
+use crate::rewrite::{JoinScope, Joined, JoinedPart};
 use crate::runtime::{Input, InputKind, Port};
+
+use super::super::nodes::{
+    any, cast, graph_input, inputs_of, ints, only_output, refused, scalar, symbol, tensor, with_rows_at,
+};
 
 /// Prompt token ids, `[1, T]`.
 pub const INPUT_IDS: &str = "input_ids";
@@ -62,7 +66,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let input_ids = graph_input(&mut joined, INPUT_IDS, DataType::Int64, &[Dim::Known(1), symbol("sequence")]);
     let limit = graph_input(&mut joined, MAX_NEW_TOKENS, DataType::Int64, &[]);
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
-    let mut main = Scope::new(&mut joined);
+    let mut main = JoinScope::new(&mut joined);
     let mut rows = None;
     if let Some(embedding) = &embedding {
         let own = embedding.rows(&mut main, "prompt", input_ids)?;
@@ -102,48 +106,20 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     Ok(joined.model)
 }
 
-fn symbol(name: &str) -> Dim {
-    Dim::Symbol(name.into())
-}
-
-fn tensor(dtype: DataType, shape: &[Dim]) -> ValueType {
-    ValueType::Tensor { dtype, shape: Some(shape.to_vec()) }
-}
-
-fn graph_input(joined: &mut Joined, name: &str, dtype: DataType, shape: &[Dim]) -> ValueId {
-    let id = joined.value(name);
-    joined.model.graph.values[id.index()].ty = Some(tensor(dtype, shape));
-    joined.model.graph.body.inputs.push(id);
-    id
-}
-
-/// Inputs of a graph that are no weights, with their kinds.
-fn inputs_of(name: &str, model: &Model) -> Result<Vec<(ValueId, Input)>> {
-    let graph = &model.graph;
-    let open: Vec<ValueId> =
-        graph.body.inputs.iter().copied().filter(|&id| graph.body.initializer(id).is_none()).collect();
-    let port = |&id: &ValueId| {
-        Port::of_value(graph, id)
-            .ok_or_else(|| Error::unsupported(format!("input `{}`", graph.name(id)), "declares no type and rank"))
-    };
-    let ports = open.iter().map(port).collect::<Result<Vec<_>>>()?;
-    let inputs = Input::all(&format!("graph `{name}`"), &ports)?;
-    Ok(open.into_iter().zip(inputs).collect())
-}
-
 /// The decoder's inputs and outputs.
-struct Ports {
-    inputs: Vec<(ValueId, Input)>,
+pub(in crate::export) struct Ports {
+    pub(in crate::export) inputs: Vec<(ValueId, Input)>,
     /// Cache inputs with the positions of their outputs in the graph's signature.
-    caches: Vec<(ValueId, Port, usize)>,
+    pub(in crate::export) caches: Vec<(ValueId, Port, usize)>,
     /// Position of the logits in the graph's outputs.
     logits: usize,
-    logits_type: DataType,
+    /// Element type of the logits.
+    pub(in crate::export) logits_type: DataType,
 }
 
 impl Ports {
     /// Errors: `Error::Unsupported` for an input that the loop cannot compute, or without a cache.
-    fn of_decoder(model: &Model) -> Result<Self> {
+    pub(in crate::export) fn of_decoder(model: &Model) -> Result<Self> {
         let graph = &model.graph;
         let analysis = analysis::analyse(model)?;
         let name = |id: ValueId| analysis.model.graph.name(id).to_string();
@@ -181,19 +157,14 @@ impl Ports {
         Ok(Ports { inputs, caches, logits, logits_type })
     }
 
-    fn reads(&self, kind: InputKind) -> Option<&Port> {
+    pub(in crate::export) fn reads(&self, kind: InputKind) -> Option<&Port> {
         self.inputs.iter().find(|(_, input)| input.kind() == kind).map(|(_, input)| &input.port)
     }
 }
 
-fn refused(port: &Port, problem: &str) -> Error {
-    Error::unsupported(format!("input {}", port.described()), problem)
-        .remedy("use the components of another target, with a loop outside of the graph")
-}
-
 /// The token embedding.
 struct Embedding<'a> {
-    part: Part<'a>,
+    part: JoinedPart<'a>,
     input: (ValueId, DataType),
     /// The embeddings.
     output: Port,
@@ -217,65 +188,29 @@ impl<'a> Embedding<'a> {
     }
 
     /// `[1, T, D]` embeddings of `[1, T]` ids.
-    fn rows(&self, scope: &mut Scope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
+    fn rows(&self, scope: &mut JoinScope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
         let ids = cast(scope, ids, DataType::Int64, self.input.1);
         let outputs = scope.inline(&self.part, &format!("embedding_{copy}"), &HashMap::from([(self.input.0, ids)]))?;
         Ok(outputs[0])
     }
 }
 
-/// The only output of a graph.
-fn only_output(subject: &str, model: &Model) -> Result<Port> {
-    let graph = &model.graph;
-    let [output] = graph.body.outputs[..] else {
-        let names: Vec<&str> = graph.body.outputs.iter().map(|&id| graph.name(id)).collect();
-        return Err(Error::unsupported(subject, format!("gives {}, expected one output", names.join(", ")))
-            .remedy("use the components of another target"));
-    };
-    Port::of_value(graph, output)
-        .ok_or_else(|| Error::unsupported(format!("output `{}`", graph.name(output)), "declares no type and rank"))
-}
-
-/// A cast, unless the types are equal.
-fn cast(scope: &mut Scope<'_>, value: ValueId, from: DataType, to: DataType) -> ValueId {
-    match from == to {
-        true => value,
-        false => scope.op("cast", "Cast", &[value], &[("to", AttributeKind::Int(to as i64))]),
-    }
-}
-
-fn ints(scope: &mut Scope<'_>, name: &str, values: &[i64]) -> ValueId {
-    scope.joined.constant(name, Tensor::from_i64(&[values.len() as u64], values))
-}
-
-fn scalar(scope: &mut Scope<'_>, name: &str, value: i64) -> ValueId {
-    scope.joined.constant(name, Tensor::from_i64(&[], &[value]))
-}
-
-/// True, as a scalar, if any element of a tensor of bools is.
-fn any(scope: &mut Scope<'_>, flags: ValueId) -> ValueId {
-    let numbers = cast(scope, flags, DataType::Bool, DataType::Int64);
-    let most = scope.op("most", "ReduceMax", &[numbers], &[("keepdims", AttributeKind::Int(0))]);
-    let zero = scalar(scope, "zero", 0);
-    scope.op("any", "Greater", &[most, zero], &[])
-}
-
 /// The embeddings of a prompt.
-struct Rows {
+pub(in crate::export) struct Rows {
     /// `[1, T]` token ids.
-    ids: ValueId,
+    pub ids: ValueId,
     /// `[1, T, D]` embeddings.
-    values: ValueId,
-    dtype: DataType,
+    pub values: ValueId,
+    pub dtype: DataType,
     /// `D`, where the graph fixes it.
-    width: Option<usize>,
+    pub width: Option<usize>,
 }
 
 /// The embeddings with the features of the pictures at the image tokens. Without image tokens the vision encoder does
 /// not run.
 fn with_features(
-    scope: &mut Scope<'_>,
-    part: &Part<'_>,
+    scope: &mut JoinScope<'_>,
+    part: &JoinedPart<'_>,
     model: &Model,
     image: Option<i64>,
     rows: &Rows,
@@ -296,20 +231,30 @@ fn with_features(
         Error::unsupported("the vision encoder", "does not declare the width of its features")
             .remedy("export it with a fixed width")
     })?;
+    let features = |with: &mut JoinScope<'_>| Ok((with.inline(part, "vision_encoder", &bound)?[0], output.dtype));
+    at_image_tokens(scope, rows, (image, width), features)
+}
+
+/// The embeddings with features `[.., width]` at the image tokens, and unchanged without image tokens, where the nodes of
+/// `features` do not run.
+pub(in crate::export) fn at_image_tokens(
+    scope: &mut JoinScope<'_>,
+    rows: &Rows,
+    (image, width): (i64, usize),
+    features: impl FnOnce(&mut JoinScope<'_>) -> Result<(ValueId, DataType)>,
+) -> Result<ValueId> {
     let image = scalar(scope, "image_id", image);
     let is_image = scope.op("is_image", "Equal", &[rows.ids, image], &[]);
     let pictured = any(scope, is_image);
     let shape = ints(scope, "rows_of_features", &[-1, width as i64]);
 
-    let mut with = Scope::new(&mut *scope.joined);
-    let features = with.inline(part, "vision_encoder", &bound)?[0];
+    let mut with = JoinScope::new(&mut *scope.joined);
+    let (features, dtype) = features(&mut with)?;
     let features = with.op("features", "Reshape", &[features, shape], &[]);
-    let features = cast(&mut with, features, output.dtype, rows.dtype);
-    let places = with.op("places", "NonZero", &[is_image], &[]);
-    let places = with.op("places", "Transpose", &[places], &[("perm", AttributeKind::Ints(vec![1, 0]))]);
-    let merged = with.op("merged", "ScatterND", &[rows.values, places, features], &[]);
+    let features = cast(&mut with, features, dtype, rows.dtype);
+    let merged = with_rows_at(&mut with, rows.values, is_image, features);
     let with = Body { name: "with_pictures".into(), nodes: with.nodes, outputs: vec![merged], ..Body::default() };
-    let mut without = Scope::new(&mut *scope.joined);
+    let mut without = JoinScope::new(&mut *scope.joined);
     let same = without.op("text", "Identity", &[rows.values], &[]);
     let without = Body { name: "text_only".into(), nodes: without.nodes, outputs: vec![same], ..Body::default() };
     let embedded = scope.joined.value("embedded");
@@ -318,20 +263,20 @@ fn with_features(
 }
 
 /// The loop's state before an iteration, in a fixed order: ids or embeddings, mask, position, caches.
-struct Carried {
+pub(in crate::export) struct Carried {
     ids: Option<ValueId>,
     rows: Option<ValueId>,
     /// `[1, past + T]` of int64.
     mask: ValueId,
     /// `[1, T]` of int64.
     positions: ValueId,
-    caches: Vec<ValueId>,
+    pub(in crate::export) caches: Vec<ValueId>,
 }
 
 impl Carried {
     /// The whole prompt with an empty cache.
-    fn start(
-        scope: &mut Scope<'_>,
+    pub(in crate::export) fn start(
+        scope: &mut JoinScope<'_>,
         decoder: &Ports,
         input_ids: ValueId,
         rows: Option<ValueId>,
@@ -401,9 +346,9 @@ fn empty_shape(port: &Port, head_dim: Option<usize>) -> Result<Vec<i64>> {
 
 /// Runs the decoder until it gives an end token or `limit` tokens; `[N, 1]` tokens.
 fn answer_loop(
-    scope: &mut Scope<'_>,
+    scope: &mut JoinScope<'_>,
     decoder: &Ports,
-    part: &Part<'_>,
+    part: &JoinedPart<'_>,
     embedding: Option<&Embedding<'_>>,
     start: &Carried,
     (limit, end): (ValueId, ValueId),
@@ -415,7 +360,7 @@ fn answer_loop(
     for (id, dtype) in [(iteration, DataType::Int64), (condition, DataType::Bool)] {
         scope.joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &[]));
     }
-    let mut body = Scope::new(&mut *scope.joined);
+    let mut body = JoinScope::new(&mut *scope.joined);
     let embeds = embedding.map(|embedding| embedding.output.dtype);
     let bound = fed(&mut body, decoder, &here, iteration, embeds);
     let outputs = body.inline(part, "step", &bound)?;
@@ -448,9 +393,9 @@ fn answer_loop(
     Ok(tokens)
 }
 
-/// Values for the decoder's inputs in one iteration.
-fn fed(
-    body: &mut Scope<'_>,
+/// Values for the decoder's inputs other than caches in one iteration, and its caches.
+pub(in crate::export) fn fed(
+    body: &mut JoinScope<'_>,
     decoder: &Ports,
     here: &Carried,
     iteration: ValueId,
@@ -482,7 +427,7 @@ fn fed(
 }
 
 /// The likeliest token behind the last position, `[1, 1]`, and whether it is no end token.
-fn chosen(body: &mut Scope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
+fn chosen(body: &mut JoinScope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
     let (last, cell) = (ints(body, "last", &[-1]), ints(body, "cell", &[1, 1]));
     let logits = body.op("last_logits", "Gather", &[logits, last], &[("axis", AttributeKind::Int(1))]);
     let logits = cast(body, logits, dtype, DataType::Float);
@@ -495,19 +440,19 @@ fn chosen(body: &mut Scope<'_>, logits: ValueId, dtype: DataType, end: ValueId) 
 }
 
 /// All elements along one axis.
-fn flat(scope: &mut Scope<'_>, value: ValueId) -> ValueId {
+fn flat(scope: &mut JoinScope<'_>, value: ValueId) -> ValueId {
     let shape = ints(scope, "flat", &[-1]);
     scope.op("flat", "Reshape", &[value, shape], &[])
 }
 
 /// One element with as many axes as `rank`.
-fn of_rank(scope: &mut Scope<'_>, value: ValueId, rank: usize) -> ValueId {
+fn of_rank(scope: &mut JoinScope<'_>, value: ValueId, rank: usize) -> ValueId {
     let shape = ints(scope, "shape", &vec![1; rank]);
     scope.op("shaped", "Reshape", &[value, shape], &[])
 }
 
 /// The tokens but the end token, `[N]`.
-fn without_end(scope: &mut Scope<'_>, tokens: ValueId, end: (ValueId, usize)) -> ValueId {
+fn without_end(scope: &mut JoinScope<'_>, tokens: ValueId, end: (ValueId, usize)) -> ValueId {
     let (end, count) = end;
     let is_end = scope.op("ends", "Equal", &[tokens, end], &[]);
     let is_end = cast(scope, is_end, DataType::Bool, DataType::Float);

@@ -9,7 +9,7 @@
 //!   onnx/weights.onnx_data           the weights of all of them, once
 //! ```
 
-mod graph;
+pub(super) mod graph;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,66 +21,97 @@ use crate::onnx;
 use crate::rewrite::raise_opset;
 use crate::runtime::headed;
 
-use super::components::{cap_ir_version, chosen, copy, create, size_of};
+use super::components::{chosen, convert, copy, create, size_of};
 use super::record::{ExportSettings, ExportedModel, Written};
 use graph::{Graphs, TokenIds, generation_graph};
 
 const DATA_FILE: &str = "weights.onnx_data";
 const GENERATE_FILE: &str = "generate.onnx";
 
+/// A model's components, and its graphs in one version of the operator set.
+pub(super) struct Loaded<'a> {
+    /// As they are in the bundle, without those that no verb runs.
+    parts: Vec<(&'a Component, Model)>,
+    /// The component of the decoder.
+    source: &'a Component,
+    decoder: Model,
+    embedding: Option<Model>,
+    vision: Option<Model>,
+}
+
+impl<'a> Loaded<'a> {
+    /// Loads the components in the requested variants.
+    ///
+    /// Errors: `Error::Unsupported` without a decoder that reads and gives a cache, with a projector of its own, or for an
+    /// operator whose version cannot be raised; as `chosen` and `onnx::load`.
+    pub(super) fn open(bundle: &'a Bundle, variant: Option<&str>) -> Result<Self> {
+        let mut parts: Vec<(&Component, Model)> = Vec::new();
+        for component in chosen(bundle, variant)? {
+            if !component.role.is_carried() {
+                parts.push((component, onnx::load(&bundle.path_of(component))?));
+            }
+        }
+        let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
+        let (source, decoder) = of(Role::Decoder).ok_or_else(|| {
+            Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
+                .remedy("export its decoder as one graph")
+        })?;
+        if let Some((projector, _)) = of(Role::Projector) {
+            return Err(Error::unsupported(
+                format!("`{}`", projector.file),
+                "is a projector of its own, which is not joined",
+            )
+            .remedy("export it within the vision encoder"));
+        }
+        let decoder = headed(bundle, decoder.clone())?;
+        let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
+        let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
+        let opset = all.iter().flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
+        let decoder = raise_opset(&decoder, opset)?;
+        let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+        let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+        Ok(Loaded { source, decoder, embedding, vision, parts })
+    }
+
+    /// The graphs, all in one version of the operator set.
+    pub(super) fn graphs(&self) -> Graphs<'_> {
+        Graphs { decoder: &self.decoder, embedding: self.embedding.as_ref(), vision: self.vision.as_ref() }
+    }
+
+    /// The component of the decoder.
+    pub(super) fn source(&self) -> &'a Component {
+        self.source
+    }
+}
+
+/// The ids that the graph compares with, from the model's configs.
+pub(super) fn token_ids(bundle: &Bundle) -> TokenIds<'_> {
+    let config = bundle.config();
+    TokenIds {
+        image: config.and_then(|config| config.image_token_id),
+        end: config.map_or(&[], |config| &config.eos_token_ids),
+        head_dim: config.and_then(|config| config.head_size()),
+    }
+}
+
 /// Writes the folder into `root`.
 ///
 /// Errors: `Error::Unsupported` naming an input, output or component that the graph cannot have; `Error::Invalid` when
 /// a variant is missing; `Error::Io`.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let components = chosen(bundle, settings.variant.as_deref())?;
-    let mut parts: Vec<(&Component, Model)> = Vec::new();
-    for component in components {
-        if component.role.is_carried() {
-            continue;
-        }
-        parts.push((component, onnx::load(&bundle.path_of(component))?));
-    }
-    let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
-    let (component, decoder) = of(Role::Decoder).ok_or_else(|| {
-        Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
-            .remedy("export its decoder as one graph")
-    })?;
-    if let Some((projector, _)) = of(Role::Projector) {
-        return Err(Error::unsupported(
-            format!("`{}`", projector.file),
-            "is a projector of its own, which is not joined",
-        )
-        .remedy("export it within the vision encoder"));
-    }
-    let decoder = headed(bundle, decoder.clone())?;
-    let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
-    let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
-    let opset = all.iter().flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
-    let decoder = raise_opset(&decoder, opset)?;
-    let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
-    let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
-    let config = bundle.config();
-    let graphs = Graphs { decoder: &decoder, embedding: embedding.as_ref(), vision: vision.as_ref() };
-    let ids = TokenIds {
-        image: config.and_then(|config| config.image_token_id),
-        end: config.map_or(&[], |config| &config.eos_token_ids),
-        head_dim: config.and_then(|config| config.head_size()),
-    };
-    let mut generate = generation_graph(&graphs, &ids)?;
+    let mut loaded = Loaded::open(bundle, settings.variant.as_deref())?;
+    let mut generate = generation_graph(&loaded.graphs(), &token_ids(bundle))?;
     let folder = root.join("onnx");
     create(&folder)?;
     let mut files: Vec<(String, &mut Model)> = vec![(GENERATE_FILE.to_string(), &mut generate)];
-    let mut sources = vec![*component];
-    for (component, model) in &mut parts {
+    let mut sources = vec![loaded.source];
+    for (component, model) in &mut loaded.parts {
         let stem = component.stem.rsplit('/').next().unwrap_or(&component.stem);
         files.push((format!("{stem}.onnx"), model));
         sources.push(component);
     }
-    if let Some(version) = settings.max_ir_version {
-        for (name, model) in &mut files {
-            cap_ir_version(name, model, version)?;
-        }
+    for (name, model) in &mut files {
+        convert(name, model, settings)?;
     }
     let written: Vec<(&str, &Model)> = files.iter().map(|(name, model)| (name.as_str(), &**model)).collect();
     let data = onnx::save_sharing(&folder, &written, DATA_FILE)?;

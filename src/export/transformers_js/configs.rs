@@ -7,8 +7,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-/// The tokenizer class that only transformers 5 knows, and the class that reads the same file elsewhere.
-const TOKENIZER_CLASSES: (&str, &str) = ("TokenizersBackend", "PreTrainedTokenizerFast");
+use super::super::configs::{object, tokenizer_config, with_chunks};
 
 type Object = Map<String, Value>;
 
@@ -28,27 +27,12 @@ pub(super) fn rewritten(
         texts.insert(name.to_string(), text + "\n");
         Ok(())
     };
-    let read = |name: &str| -> Result<Option<Object>> {
-        match bundle.read_json(name)? {
-            None => Ok(None),
-            Some(Value::Object(object)) => Ok(Some(object)),
-            Some(_) => Err(Error::invalid(format!("`{name}`"), "is not a JSON object")),
-        }
-    };
+    let read = |name: &str| object(bundle, name);
     if let Some(mut config) = read("config.json")? {
-        let js = config.entry("transformers.js_config").or_insert_with(|| Value::Object(Object::new()));
-        if let Value::Object(js) = js {
-            match chunks.is_empty() {
-                true => js.remove("use_external_data_format"),
-                false => js.insert("use_external_data_format".to_string(), serde_json::json!(chunks)),
-            };
-            if js.is_empty() {
-                config.remove("transformers.js_config");
-            }
-        }
+        with_chunks(&mut config, chunks);
         add("config.json", config)?;
     }
-    let tokenizer = read("tokenizer_config.json")?;
+    let tokenizer = tokenizer_config(bundle)?;
     let processor = read("processor_config.json")?;
     if bundle.asset_path("tokenizer.json").is_none() {
         return Err(Error::invalid(
@@ -61,20 +45,10 @@ pub(super) fn rewritten(
         let preprocessor = preprocessor(read("preprocessor_config.json")?, processor.as_ref(), tokenizer.as_ref())?;
         add("preprocessor_config.json", preprocessor)?;
     }
-    let mut tokenizer = tokenizer.ok_or_else(|| {
+    let tokenizer = tokenizer.ok_or_else(|| {
         Error::invalid("`tokenizer_config.json`", "is not in the folder, and transformers.js needs it")
             .remedy("save the tokenizer with `save_pretrained` into the folder")
     })?;
-    if !tokenizer.contains_key("chat_template")
-        && let Some(template) = template(bundle, processor.as_ref())?
-    {
-        tokenizer.insert("chat_template".to_string(), template);
-    }
-    if let Some(class) = tokenizer.get_mut("tokenizer_class")
-        && class.as_str() == Some(TOKENIZER_CLASSES.0)
-    {
-        *class = TOKENIZER_CLASSES.1.into();
-    }
     add("tokenizer_config.json", tokenizer)?;
     Ok(texts)
 }
@@ -101,16 +75,4 @@ fn preprocessor(flat: Option<Object>, processor: Option<&Object>, tokenizer: Opt
         object.insert("processor_class".to_string(), class.clone());
     }
     Ok(object)
-}
-
-/// The chat template, from the files next to `tokenizer_config.json` in which transformers may store it.
-fn template(bundle: &Bundle, processor: Option<&Object>) -> Result<Option<Value>> {
-    if let Some(text) = bundle.read_text("chat_template.jinja")? {
-        return Ok(Some(text.into()));
-    }
-    let own = |config: &Value| config.get("chat_template").cloned();
-    if let Some(found) = bundle.read_json("chat_template.json")?.as_ref().and_then(own) {
-        return Ok(Some(found));
-    }
-    Ok(processor.and_then(|config| config.get("chat_template")).cloned())
 }

@@ -18,10 +18,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::base::{Error, Result, sha256_file};
-use crate::bundle::{AssetKind, Bundle, Component, RECORD_FILE, Role, is_card};
+use crate::bundle::{Bundle, Component, Role};
 use crate::onnx::{self, Storage};
 
-use super::components::{cap_ir_version, chosen, copy, create, size_of, write as write_text};
+use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
 use super::record::{ExportSettings, ExportedModel, Written};
 
 /// Largest data file in bytes: browsers hold at most 2 GiB in one buffer.
@@ -35,7 +35,7 @@ const INLINE_BYTES: u64 = 256 << 20;
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let kind = rules::kind_of(bundle)?;
+    let kind = rules::class_of(bundle)?;
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
         None => bundle.components().iter().collect(),
@@ -58,9 +58,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         }
         let mut model = onnx::load(&bundle.path_of(component))?;
         rules::check_ports(component, &model, bundle.config(), &mut notes)?;
-        if let Some(version) = settings.max_ir_version {
-            cap_ir_version(&file, &mut model, version)?;
-        }
+        convert(&file, &mut model, settings)?;
         let inline = component.external.is_empty() && bundle.size_bytes(component)? <= INLINE_BYTES;
         let storage = match inline {
             true => Storage::Inline,
@@ -81,11 +79,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         files.insert(path.clone(), sha256_file(&root.join(path))?);
     }
     for asset in bundle.assets() {
-        let kinds = [AssetKind::Config, AssetKind::Tokenizer, AssetKind::Documentation];
-        let carried = kinds.contains(&asset.kind) || asset.file == RECORD_FILE;
-        // The export has a card of its own.
-        let carried = carried && !is_card(&asset.file);
-        if !carried || texts.contains_key(&asset.file) || rules::is_foreign(&asset.file) {
+        if !is_carried(asset) || texts.contains_key(&asset.file) || rules::is_foreign(&asset.file) {
             continue;
         }
         copy(bundle, asset, root, asset.file.clone(), &mut files)?;

@@ -7,7 +7,7 @@ use crate::prompt::IMAGE_SIZES;
 
 /// Kind of class with which transformers.js runs a model type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ModelClass {
     /// Pictures and text: `vision_encoder`, `embed_tokens`, `decoder_model_merged`.
     ImageText,
     /// Text alone: `model`.
@@ -127,7 +127,7 @@ pub(super) fn is_foreign(file: &str) -> bool {
 /// The kind of the bundle's model type.
 ///
 /// Errors: `Error::Unsupported` when transformers.js has no class for it; `Error::Invalid` without a `config.json`.
-pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
+pub(super) fn class_of(bundle: &Bundle) -> Result<ModelClass> {
     let subject = format!("`{}`", bundle.root().display());
     if bundle.asset_path("config.json").is_none() {
         return Err(Error::invalid(subject, "has no `config.json`, by which transformers.js finds the model's class")
@@ -135,10 +135,10 @@ pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
     }
     let model_type = bundle.require_config()?.model_type.as_str();
     if IMAGE_TEXT.contains(&model_type) {
-        return Ok(Kind::ImageText);
+        return Ok(ModelClass::ImageText);
     }
     if TEXT.contains(&model_type) {
-        return Ok(Kind::Text);
+        return Ok(ModelClass::Text);
     }
     Err(Error::unsupported(subject, format!("transformers.js 4.3 has no class for the model type `{model_type}`"))
         .remedy("serve it from ONNX Runtime or Triton"))
@@ -147,13 +147,13 @@ pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
 /// The file stem (no variant, no extension) under which transformers.js looks for a component.
 ///
 /// Errors: `Error::Unsupported` for a component that it does not use.
-pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str> {
+pub(super) fn stem_of(kind: ModelClass, component: &Component) -> Result<&'static str> {
     match (kind, component.role) {
-        (Kind::ImageText, Role::VisionEncoder) => Ok("vision_encoder"),
-        (Kind::ImageText, Role::EmbedTokens) => Ok("embed_tokens"),
-        (Kind::ImageText, Role::Decoder) => Ok("decoder_model_merged"),
-        (Kind::ImageText, Role::AudioEncoder) => Ok("audio_encoder"),
-        (Kind::Text, Role::Decoder) => Ok("model"),
+        (ModelClass::ImageText, Role::VisionEncoder) => Ok("vision_encoder"),
+        (ModelClass::ImageText, Role::EmbedTokens) => Ok("embed_tokens"),
+        (ModelClass::ImageText, Role::Decoder) => Ok("decoder_model_merged"),
+        (ModelClass::ImageText, Role::AudioEncoder) => Ok("audio_encoder"),
+        (ModelClass::Text, Role::Decoder) => Ok("model"),
         (_, role) => Err(Error::unsupported(
             format!("`{}`", component.file),
             format!("transformers.js does not support a separate {}", role.name()),

@@ -17,16 +17,22 @@ use super::schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorR
 /// Name of the model file in every version folder.
 pub const MODEL_FILE: &str = "model.onnx";
 
-/// The text of `config.pbtxt` for one model.
+/// The text of `config.pbtxt` for one model of the ONNX Runtime back end.
 ///
 /// `max_batch_size` applies when every input and output has the same free first dimension. Otherwise the model gets 0,
 /// which leaves batching to the client.
 ///
-/// Errors: `Error::Unsupported` for an input or output of unknown rank or of a type that Triton lacks, and as
-/// `rules::check`.
+/// Errors: `Error::Unsupported` for an input or output of unknown rank or of a type that Triton lacks, and as [`text`].
 pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<String> {
-    let config = model_config(name, model, max_batch_size)?;
-    rules::check(&config)?;
+    text(&model_config(name, model, max_batch_size)?)
+}
+
+/// A configuration as text.
+///
+/// Errors: as `rules::check`.
+pub(super) fn text(config: &ModelConfig) -> Result<String> {
+    rules::check(config)?;
+    let name = &config.name;
     let pool = DescriptorPool::decode(include_bytes!(concat!(env!("OUT_DIR"), "/model_config.bin")).as_slice())
         .map_err(|e| Error::engine("prost", "the ModelConfig schema", e))?;
     let descriptor = pool
@@ -39,7 +45,8 @@ pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result
     Ok(text)
 }
 
-fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<ModelConfig> {
+/// The configuration of a model of the ONNX Runtime back end.
+pub(super) fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<ModelConfig> {
     let graph = &model.graph;
     let weights: HashSet<ValueId> = graph.body.initializers.iter().map(|(id, _)| *id).collect();
     // Before IR version 4 weights are also listed as inputs; clients do not send them.
@@ -47,25 +54,22 @@ fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<Mo
     let inputs = inputs.map(|id| port(graph, id)).collect::<Result<Vec<_>>>()?;
     let outputs = graph.body.outputs.iter().map(|&id| port(graph, id)).collect::<Result<Vec<_>>>()?;
     let batched = max_batch_size > 0 && share_a_free_first_dimension(inputs.iter().chain(&outputs));
+    let input = |port: TritonPort<'_>| {
+        let (dims, reshape) = dims(port.shape, batched);
+        ModelInput { name: port.name, data_type: port.data_type.into(), dims, reshape }
+    };
+    let output = |port: TritonPort<'_>| {
+        let (dims, reshape) = dims(port.shape, batched);
+        ModelOutput { name: port.name, data_type: port.data_type.into(), dims, reshape }
+    };
     Ok(ModelConfig {
         name: name.to_string(),
         max_batch_size: if batched { i32::try_from(max_batch_size).unwrap_or(i32::MAX) } else { 0 },
-        input: inputs
-            .into_iter()
-            .map(|port| {
-                let (dims, reshape) = dims(port.shape, batched);
-                ModelInput { name: port.name, data_type: port.data_type.into(), dims, reshape }
-            })
-            .collect(),
-        output: outputs
-            .into_iter()
-            .map(|port| {
-                let (dims, reshape) = dims(port.shape, batched);
-                ModelOutput { name: port.name, data_type: port.data_type.into(), dims, reshape }
-            })
-            .collect(),
+        input: inputs.into_iter().map(input).collect(),
+        output: outputs.into_iter().map(output).collect(),
         default_model_filename: MODEL_FILE.to_string(),
         backend: "onnxruntime".to_string(),
+        ..ModelConfig::default()
     })
 }
 

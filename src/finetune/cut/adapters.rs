@@ -54,7 +54,7 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
     let mut before: BTreeMap<usize, Vec<Node>> = BTreeMap::new();
     let scale = add(graph, "lora.scale".to_string(), Tensor::from_f32(&[], &[lora.scale() as f32]));
     let index = GraphIndex::new(graph);
-    let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
+    let reads: Vec<Reads> = weights.iter().map(|&weight| reads_of(graph, &index, weight)).collect();
     for (&weight, reads) in weights.iter().zip(reads) {
         let Some(dims) = dims_of(graph, weight) else { continue };
         let [stack @ .., rows, columns] = dims.as_slice() else { continue };
@@ -74,7 +74,7 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
         match reads {
             Reads::Products { nodes, .. } => {
                 for number in nodes {
-                    let own = beside(graph, number, &name, (a, b, scale));
+                    let own = adapter_nodes(graph, number, &name, (a, b, scale));
                     after.entry(number).or_default().extend(own);
                 }
             }
@@ -113,7 +113,7 @@ fn node(op_type: &str, name: String, inputs: &[ValueId], output: ValueId) -> Nod
     Node { name, op_type: op_type.to_string(), inputs, outputs: vec![Some(output)], ..Node::default() }
 }
 
-fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
+fn reads_of(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
     let nodes = &graph.body.nodes;
     let readers = |id: ValueId| -> Vec<usize> {
         let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
@@ -172,7 +172,12 @@ fn product_turn(node: &Node, right: ValueId) -> Option<bool> {
 
 /// Nodes of the adapter of product `number`. The product gets a new output, and the adapter's sum produces the value
 /// that the product produced before.
-fn beside(graph: &mut Graph, number: usize, name: &str, (a, b, scale): (ValueId, ValueId, ValueId)) -> Vec<Node> {
+fn adapter_nodes(
+    graph: &mut Graph,
+    number: usize,
+    name: &str,
+    (a, b, scale): (ValueId, ValueId, ValueId),
+) -> Vec<Node> {
     let product = &graph.body.nodes[number];
     let (Some(Some(x)), Some(Some(y))) = (product.inputs.first().copied(), product.outputs.first().copied()) else {
         return Vec::new();
@@ -279,8 +284,8 @@ mod tests {
             [(weights[0], false), (weights[1], true), (weights[2], false)]
         );
         crate::ir::check(&model).unwrap();
-        let begun = run(&model, &inputs);
-        assert!(begun.iter().zip(&plain).all(|(a, b)| a.equal(b)));
+        let initial = run(&model, &inputs);
+        assert!(initial.iter().zip(&plain).all(|(a, b)| a.equal(b)));
         // A non-zero `B`, and the same change merged into the weights of the plain network.
         let (mut merged, _) = network();
         for one in &adapted {

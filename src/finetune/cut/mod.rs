@@ -155,7 +155,9 @@ impl Cut {
     pub fn suffix(&self) -> Result<Suffix> {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
-        Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
+        let map = &self.analysis.map;
+        let inner = map.layers.last().map(|layer| layer.sums.as_slice()).unwrap_or_default();
+        Suffix::find(graph, &self.streams, inner, map.result, &token_inputs(graph), &trained)
     }
 
     /// The products to fit in each of `layers`, in ascending order of the layers.

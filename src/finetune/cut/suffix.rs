@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use crate::analysis::head_input;
+use crate::analysis::{head_input, position_wise_from};
 use crate::base::{Error, Result};
 use crate::ir::{Graph, GraphIndex, Node, ValueId, captured};
 
@@ -28,18 +28,22 @@ pub struct Suffix {
     pub trained: Vec<Vec<ValueId>>,
     /// Input of the head, or the logits themselves when the head is not a product with a constant.
     pub head_input: ValueId,
+    /// A value from which each position is computed independently: inside the last layer, usually the stream before its
+    /// MLP, or else [`Suffix::head_input`].
+    pub rows_from: ValueId,
     pub logits: ValueId,
 }
 
 impl Suffix {
-    /// Splits `graph` at `streams`, which are in layer order. `tokens` are the inputs that hold token ids or
-    /// embeddings, `trained` the initializers to train.
+    /// Splits `graph` at `streams`, which are in layer order. `inner` are the values of the stream inside the last layer,
+    /// `tokens` the inputs that hold token ids or embeddings, `trained` the initializers to train.
     ///
     /// Errors: `Error::Unsupported` when a piece reads a value computed inside an earlier one; `Error::Invalid` when no
     /// piece reads one of the trained initializers.
     pub fn find(
         graph: &Graph,
         streams: &[ValueId],
+        inner: &[ValueId],
         logits: ValueId,
         tokens: &[ValueId],
         trained: &HashSet<ValueId>,
@@ -47,6 +51,8 @@ impl Suffix {
         let index = GraphIndex::new(graph);
         let nodes = &graph.body.nodes;
         let head_input = head_input(graph, logits);
+        let places: Vec<ValueId> = inner.iter().chain(streams.last()).copied().collect();
+        let rows_from = position_wise_from(graph, &places, logits).unwrap_or(head_input);
 
         let mut pieces: Vec<(ValueId, ValueId)> = streams.windows(2).map(|pair| (pair[0], pair[1])).collect();
         pieces.extend(streams.last().map(|&last| (last, logits)));
@@ -122,6 +128,7 @@ impl Suffix {
             reads_tokens,
             trained: trained_by_piece,
             head_input,
+            rows_from,
             logits,
         })
     }
@@ -256,7 +263,7 @@ mod tests {
         let streams = ids(graph, streams);
         let logits = ids(graph, &["logits"])[0];
         let tokens = ids(graph, &["inputs_embeds"]);
-        Suffix::find(graph, &streams, logits, &tokens, &ids(graph, trained).into_iter().collect())
+        Suffix::find(graph, &streams, &[], logits, &tokens, &ids(graph, trained).into_iter().collect())
     }
 
     #[test]

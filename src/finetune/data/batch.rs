@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::runtime::{Embedded, Side, Step};
+use crate::runtime::{Embedded, SideValues, Step};
 
-use super::rows::Rows;
+use super::rows::RowsFile;
 use crate::finetune::cut::SideWidths;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
@@ -76,7 +76,7 @@ impl Example {
     }
 
     /// Stores position ids (None when they count from 0), the runs of image tokens and the token types.
-    pub fn keep(&mut self, positions: Option<&[Vec<i64>]>, side: &Side) {
+    pub fn keep(&mut self, positions: Option<&[Vec<i64>]>, side: &SideValues) {
         let detail = self.detail.get_or_insert_default();
         detail.rotary = positions.map_or(Vec::new(), <[_]>::to_vec);
         let mut at = 0;
@@ -127,14 +127,14 @@ pub struct TrainingSet {
     /// The loaded samples, when rows are computed on demand.
     window: Option<Window>,
     /// Side values, one row per token, with their widths.
-    side: Option<(SideWidths, Rows)>,
+    side: Option<(SideWidths, RowsFile)>,
     pub targets: Targets,
 }
 
 /// Residual stream before one layer.
 #[derive(Debug)]
 pub struct Stream {
-    pub rows: Rows,
+    pub rows: RowsFile,
     /// The layer that reads it, counted from the first trained one.
     pub before: usize,
 }
@@ -153,13 +153,13 @@ pub struct Targets {
     /// Residual stream at the compared points.
     pub streams: Vec<StreamTarget>,
     /// One row per answer token: `K` log-probabilities, then their `K` token ids.
-    pub answers: Option<Rows>,
+    pub answers: Option<RowsFile>,
 }
 
 /// The dense model's residual stream at one point, one row per token.
 #[derive(Debug)]
 pub struct StreamTarget {
-    pub rows: Rows,
+    pub rows: RowsFile,
     /// Point of the student's stream that it is compared with, counted in layers from the first trained one.
     pub point: usize,
 }
@@ -182,7 +182,7 @@ pub fn total_tokens(examples: &[Example]) -> u64 {
 /// A batch on a device: `B` samples, `T` tokens in the longest, `D` the hidden size, `N` answer tokens, `M` tokens
 /// without padding.
 #[derive(Debug)]
-pub struct Batch {
+pub struct TrainingBatch {
     /// f32 `[B, T, D]`, 0 at padding.
     pub hidden: Tensor,
     /// Source of the graph's inputs: masks, positions and side values.
@@ -201,7 +201,7 @@ pub struct Batch {
 
 impl TrainingSet {
     /// Pairs examples with their rows, which are in the same order.
-    pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideWidths, Rows)>) -> Self {
+    pub fn new(examples: Vec<Example>, hidden: RowsFile, side: Option<(SideWidths, RowsFile)>) -> Self {
         let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Some(Stream { rows: hidden, before: 0 });
@@ -279,7 +279,7 @@ impl TrainingSet {
     ///
     /// Errors: `Error::Io` when rows cannot be read; `Error::Invalid` when rows are not loaded; `Error::Engine` when
     /// LibTorch cannot create the tensors.
-    pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
+    pub fn batch(&self, samples: &[usize], device: Device) -> Result<TrainingBatch> {
         self.batch_with(samples, self.wanted.clone(), true, device)
     }
 
@@ -299,7 +299,7 @@ impl TrainingSet {
         wanted: Option<Range<usize>>,
         answers: bool,
         device: Device,
-    ) -> Result<Batch> {
+    ) -> Result<TrainingBatch> {
         if let Some(window) = &self.window {
             let place = |sample: &usize| window.places.get(sample).copied();
             let places: Option<Vec<usize>> = samples.iter().map(place).collect();
@@ -326,9 +326,9 @@ impl TrainingSet {
         let step = self.step(samples)?;
         let streams = self.streams(samples, wanted.as_ref(), device)?;
         let top_k = if answers { self.top_k(samples, device)? } else { None };
-        let make = move || -> Result<Batch, tch::TchError> {
+        let make = move || -> Result<TrainingBatch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
-            Ok(Batch {
+            Ok(TrainingBatch {
                 hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?.f_to_device(device)?,
                 step,
                 answer_rows: Tensor::f_from_slice(&answer_rows)?.f_to_device(device)?,
@@ -395,37 +395,41 @@ impl TrainingSet {
                         bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
                     widths.prompt(&numbers, positions, image, types)
                 }
-                None => Embedded { positions, side: Side { image, types, ..Side::default() }, ..Embedded::default() },
+                None => Embedded {
+                    positions,
+                    side: SideValues { image, types, ..SideValues::default() },
+                    ..Embedded::default()
+                },
             });
         }
         Step::padded_right(&prompts.iter().collect::<Vec<_>>())
     }
 }
 
-impl Batch {
+impl TrainingBatch {
     /// The batch in pinned host memory, so that a copy to the GPU can be asynchronous.
     ///
     /// Errors: `Error::Engine` when LibTorch has no GPU.
-    pub fn pinned(self, device: Device) -> Result<Batch> {
+    pub fn pinned(self, device: Device) -> Result<TrainingBatch> {
         self.moved(|tensor| tensor.f_pin_memory(device))
     }
 
     /// The batch on `device`. A copy from pinned memory is asynchronous.
     ///
     /// Errors: `Error::Engine` when LibTorch has no such device.
-    pub fn to(self, device: Device) -> Result<Batch> {
+    pub fn to(self, device: Device) -> Result<TrainingBatch> {
         self.moved(|tensor| tensor.f_to_device_(device, tensor.f_kind()?, true, false))
     }
 
-    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor, tch::TchError>) -> Result<Batch> {
-        let all = |batch: Batch| -> Result<Batch, tch::TchError> {
+    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor, tch::TchError>) -> Result<TrainingBatch> {
+        let all = |batch: TrainingBatch| -> Result<TrainingBatch, tch::TchError> {
             let streams = batch.streams.iter().map(|(point, stream)| Ok((*point, place(stream)?)));
             let streams = streams.collect::<Result<_, tch::TchError>>()?;
             let top_k = match &batch.top_k {
                 Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
                 None => None,
             };
-            Ok(Batch {
+            Ok(TrainingBatch {
                 hidden: place(&batch.hidden)?,
                 step: batch.step,
                 answer_rows: place(&batch.answer_rows)?,
@@ -450,7 +454,7 @@ pub fn bf16_matrix(bytes: &[u8], width: usize) -> Result<Tensor> {
 }
 
 /// Bytes of `rows` as a matrix `[rows, width]`.
-fn matrix(bytes: &[u8], rows: &Rows) -> Result<Tensor, tch::TchError> {
+fn matrix(bytes: &[u8], rows: &RowsFile) -> Result<Tensor, tch::TchError> {
     let (width, kind) = (rows.width(), rows.element().kind());
     let count = bytes.len() / (width * kind.elt_size_in_bytes()).max(1);
     Tensor::f_from_data_size(bytes, &[count as i64, width as i64], kind)
@@ -460,14 +464,14 @@ fn matrix(bytes: &[u8], rows: &Rows) -> Result<Tensor, tch::TchError> {
 mod tests {
     use super::*;
     use crate::finetune::cut::SideInputs;
-    use crate::finetune::data::rows::{Element, RowsWriter};
+    use crate::finetune::data::rows::{RowDtype, RowsWriter};
     use crate::runtime::Input;
 
     fn training_set(folder: &std::path::Path) -> TrainingSet {
         let ids = [5i64, 6, 7, 8];
         let long = Example::new("a".into(), &ids, &[false, false, true, true]).unwrap();
         let short = Example::new("b".into(), &ids[..2], &[true, true]).unwrap();
-        let mut writer = RowsWriter::create(&folder.join("rows"), Element::F32).unwrap();
+        let mut writer = RowsWriter::create(&folder.join("rows"), RowDtype::F32).unwrap();
         writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>(), 6).unwrap();
         TrainingSet::new(vec![long, short], writer.finish().unwrap(), None)
     }
@@ -503,11 +507,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut set = training_set(folder.path());
         for point in [1, 3] {
-            let mut writer = RowsWriter::create(&folder.path().join(point.to_string()), Element::Bf16).unwrap();
+            let mut writer = RowsWriter::create(&folder.path().join(point.to_string()), RowDtype::Bf16).unwrap();
             writer.push(&[point as f32; 12], 6).unwrap();
             set.targets.streams.push(StreamTarget { rows: writer.finish().unwrap(), point });
         }
-        let points = |batch: Batch| batch.streams.into_keys().collect::<Vec<_>>();
+        let points = |batch: TrainingBatch| batch.streams.into_keys().collect::<Vec<_>>();
         assert_eq!(points(set.batch(&[0, 1], Device::Cpu).unwrap()), [1, 3]);
         let batch = set.batch_with(&[0, 1], Some(2..3), false, Device::Cpu).unwrap();
         assert_eq!(batch.streams[&3].mean(Kind::Float).double_value(&[]), 3.0);

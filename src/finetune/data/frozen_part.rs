@@ -11,8 +11,8 @@ use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
 
 use super::batch::{Example, TrainingSet, total_tokens};
-use super::rows::{Element, Rows, RowsWriter};
-use super::source::{Sample, Source};
+use super::rows::{RowDtype, RowsFile, RowsWriter};
+use super::source::{Source, TrainingSample};
 use crate::finetune::cut::{SideInputs, SideWidths};
 
 const SCHEMA_VERSION: u32 = 2;
@@ -38,19 +38,19 @@ struct Index {
 }
 
 /// Files of the rows of one key.
-pub struct Store {
+pub struct RowStore {
     index: PathBuf,
     rows: PathBuf,
     side_rows: PathBuf,
     side: SideInputs,
 }
 
-impl Store {
+impl RowStore {
     /// A store in `folder`. `key` is the digest of everything that affects the rows; `side` are the side inputs whose
     /// values are stored with them.
     pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
-        Store { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
+        RowStore { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
     }
 
     /// The rows of an earlier run; None unless that run completed them.
@@ -62,9 +62,9 @@ impl Store {
         }
         let Index { width, side, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
         let tokens = total_tokens(&examples);
-        let rows = Rows::open(&self.rows, tokens, width, Element::F32)?;
+        let rows = RowsFile::open(&self.rows, tokens, width, RowDtype::F32)?;
         let side = match side {
-            Some(side) => Some((side, Rows::open(&self.side_rows, tokens, side.total(), Element::F32)?)),
+            Some(side) => Some((side, RowsFile::open(&self.side_rows, tokens, side.total(), RowDtype::F32)?)),
             None => None,
         };
         Ok(Some((TrainingSet::new(examples, rows, side), left_out)))
@@ -79,7 +79,7 @@ impl Store {
         &self,
         source: &dyn Source,
         task: &str,
-        frozen: &mut Slot<'_>,
+        frozen: &mut LazySession<'_>,
         embeds_only: bool,
         max_tokens: usize,
         cancel: &Cancel,
@@ -100,16 +100,16 @@ impl Store {
     ///
     /// Errors: `Error::Io`.
     pub fn begin(&self) -> Result<Filling<'_>> {
-        let writer = RowsWriter::create(&self.rows, Element::F32)?;
+        let writer = RowsWriter::create(&self.rows, RowDtype::F32)?;
         let side =
-            (self.side.widths.total() > 0).then(|| RowsWriter::create(&self.side_rows, Element::F32)).transpose()?;
+            (self.side.widths.total() > 0).then(|| RowsWriter::create(&self.side_rows, RowDtype::F32)).transpose()?;
         Ok(Filling { store: self, writer, side, examples: Vec::new() })
     }
 }
 
 /// A store that is being written.
 pub struct Filling<'a> {
-    store: &'a Store,
+    store: &'a RowStore,
     writer: RowsWriter,
     side: Option<RowsWriter>,
     examples: Vec<Example>,
@@ -153,15 +153,15 @@ pub struct Ready {
 }
 
 /// A model that is loaded on first use and remains loaded.
-pub struct Slot<'a> {
+pub struct LazySession<'a> {
     model: Option<VlmSession>,
     open: Box<dyn Fn() -> Result<VlmSession> + Send + 'a>,
 }
 
-impl<'a> Slot<'a> {
+impl<'a> LazySession<'a> {
     /// A slot for the model that `open` loads.
     pub fn new(open: impl Fn() -> Result<VlmSession> + Send + 'a) -> Self {
-        Slot { model: None, open: Box::new(open) }
+        LazySession { model: None, open: Box::new(open) }
     }
 
     fn get(&mut self) -> Result<&mut VlmSession> {
@@ -184,7 +184,7 @@ pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(
             let sample = sample?;
             cancel.check("nothing was computed")?;
             progress.advance(1);
-            examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
+            examples.extend(example_of(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
         }
         Ok(())
     })?;
@@ -198,14 +198,14 @@ pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(
 pub fn each_round(
     source: &dyn Source,
     task: &str,
-    model: &mut Slot<'_>,
+    model: &mut LazySession<'_>,
     max_tokens: usize,
     cancel: &Cancel,
     work: &mut dyn FnMut(&mut Vec<Ready>, &mut VlmSession) -> Result<()>,
 ) -> Result<LeftOut> {
     let progress = (!task.is_empty()).then(|| Progress::new(task, "samples", source.count()));
     let mut left_out = LeftOut::default();
-    let mut pictured: Vec<(Sample, Example)> = Vec::new();
+    let mut pictured: Vec<(TrainingSample, Example)> = Vec::new();
     let mut round: Vec<Ready> = Vec::new();
     let mut tokens = 0;
     let mut bytes_per_token = BYTES_PER_TOKEN;
@@ -218,7 +218,7 @@ pub fn each_round(
             if let Some(progress) = &progress {
                 progress.advance(1);
             }
-            let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
+            let Some(example) = example_of(&sample, max_tokens, &mut left_out)? else { continue };
             tokens += example.length;
             pictured.push((sample, example));
             let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
@@ -295,7 +295,7 @@ pub fn outputs<T>(
 }
 
 /// The sample as an example. None when it is too long or has no answer token; `left_out` then counts it.
-fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
+fn example_of(sample: &TrainingSample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
     let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
     example.number = sample.number;
     if example.length > max_tokens {
@@ -328,7 +328,7 @@ fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>>
 
 /// Embeds samples and frees their pictures. Examples store position ids only for decoders that read several rows of
 /// them.
-fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
+fn embed(pictured: &mut Vec<(TrainingSample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
     let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
         pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
     let embedded = model.embed_all(&prompts)?;

@@ -8,9 +8,9 @@ mod source;
 mod streamed;
 mod teacher;
 
-pub use batch::{Batch, Stream, TrainingSet, bf16_matrix};
-pub use frozen_part::{Slot, Store, scan};
-pub use rows::{Element, RowsWriter};
-pub use source::{Conversations, Sample, Source};
+pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
+pub use frozen_part::{LazySession, RowStore, scan};
+pub use rows::{RowDtype, RowsWriter};
+pub use source::{Conversations, Source, TrainingSample};
 pub use streamed::{Loads, Streamed, StreamedParts, WINDOW_FOLDER};
-pub use teacher::{Course, Dense, Frozen, Lesson, Teacher};
+pub use teacher::{Dense, Frozen, Teacher, TeacherRequest, TeacherTargets};

@@ -11,25 +11,25 @@ use crate::base::{AtomicFile, Error, Result};
 
 /// Element type of stored numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
+pub enum RowDtype {
     F32,
     /// Half the size, about three significant digits. For targets, which are only compared with.
     Bf16,
 }
 
-impl Element {
+impl RowDtype {
     fn size(self) -> usize {
         match self {
-            Element::F32 => 4,
-            Element::Bf16 => 2,
+            RowDtype::F32 => 4,
+            RowDtype::Bf16 => 2,
         }
     }
 
     /// LibTorch's element type.
     pub fn kind(self) -> Kind {
         match self {
-            Element::F32 => Kind::Float,
-            Element::Bf16 => Kind::BFloat16,
+            RowDtype::F32 => Kind::Float,
+            RowDtype::Bf16 => Kind::BFloat16,
         }
     }
 
@@ -37,8 +37,8 @@ impl Element {
     pub fn bytes_of(self, numbers: &[f32]) -> Vec<u8> {
         let mut bytes = Vec::new();
         match self {
-            Element::F32 => append(&mut bytes, numbers, f32::to_le_bytes),
-            Element::Bf16 => append(&mut bytes, numbers, |number| bf16::from_f32(number).to_le_bytes()),
+            RowDtype::F32 => append(&mut bytes, numbers, f32::to_le_bytes),
+            RowDtype::Bf16 => append(&mut bytes, numbers, |number| bf16::from_f32(number).to_le_bytes()),
         }
         bytes
     }
@@ -46,8 +46,8 @@ impl Element {
     /// File name extension.
     pub fn extension(self) -> &'static str {
         match self {
-            Element::F32 => "f32",
-            Element::Bf16 => "bf16",
+            RowDtype::F32 => "f32",
+            RowDtype::Bf16 => "bf16",
         }
     }
 }
@@ -55,19 +55,19 @@ impl Element {
 /// A file of rows, little-endian, one row per token, without a header. It is not memory-mapped, because pages of a
 /// mapping that have been read count as memory of the process.
 #[derive(Debug)]
-pub struct Rows {
+pub struct RowsFile {
     path: PathBuf,
     file: File,
     rows: u64,
     width: usize,
-    element: Element,
+    element: RowDtype,
 }
 
-impl Rows {
+impl RowsFile {
     /// Opens a file of `rows` rows of `width` numbers.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` when the file has another size.
-    pub fn open(path: &Path, rows: u64, width: usize, element: Element) -> Result<Self> {
+    pub fn open(path: &Path, rows: u64, width: usize, element: RowDtype) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let found = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let stride = (width as u64).checked_mul(element.size() as u64);
@@ -78,7 +78,7 @@ impl Rows {
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
-        Ok(Rows { path: path.to_path_buf(), file, rows, width, element })
+        Ok(RowsFile { path: path.to_path_buf(), file, rows, width, element })
     }
 
     /// Numbers per row.
@@ -87,7 +87,7 @@ impl Rows {
     }
 
     /// Element type of the numbers.
-    pub fn element(&self) -> Element {
+    pub fn element(&self) -> RowDtype {
         self.element
     }
 
@@ -111,7 +111,7 @@ pub struct RowsWriter {
     file: AtomicFile,
     /// Set by the first rows.
     width: Option<usize>,
-    element: Element,
+    element: RowDtype,
     buffer: Vec<u8>,
     rows: u64,
 }
@@ -120,7 +120,7 @@ impl RowsWriter {
     /// A writer for the file `path`.
     ///
     /// Errors: `Error::Io` when the file cannot be created.
-    pub fn create(path: &Path, element: Element) -> Result<Self> {
+    pub fn create(path: &Path, element: RowDtype) -> Result<Self> {
         let (path, file) = (path.to_path_buf(), AtomicFile::create(path)?);
         Ok(RowsWriter { path, file, width: None, element, buffer: Vec::new(), rows: 0 })
     }
@@ -145,13 +145,13 @@ impl RowsWriter {
     /// Completes the file.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` when no row was written.
-    pub fn finish(mut self) -> Result<Rows> {
+    pub fn finish(mut self) -> Result<RowsFile> {
         let Some(width) = self.width else {
             return Err(Error::invalid(format!("cache `{}`", self.path.display()), "holds no row"));
         };
         self.flush()?;
         self.file.commit()?;
-        Rows::open(&self.path, self.rows, width, self.element)
+        RowsFile::open(&self.path, self.rows, width, self.element)
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn rows_are_read_back_as_written() {
         let folder = tempfile::tempdir().unwrap();
-        for element in [Element::F32, Element::Bf16] {
+        for element in [RowDtype::F32, RowDtype::Bf16] {
             let path = folder.path().join(element.extension());
             let mut writer = RowsWriter::create(&path, element).unwrap();
             writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2).unwrap();
@@ -188,8 +188,8 @@ mod tests {
             let rows = writer.finish().unwrap();
             assert_eq!((rows.width(), rows.rows), (3, 3));
             let want: Vec<u8> = match element {
-                Element::F32 => [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|n| n.to_le_bytes()).collect(),
-                Element::Bf16 => {
+                RowDtype::F32 => [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|n| n.to_le_bytes()).collect(),
+                RowDtype::Bf16 => {
                     [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|&n| bf16::from_f32(n).to_le_bytes()).collect()
                 }
             };
@@ -202,7 +202,7 @@ mod tests {
             assert_eq!(read(1, 2), want);
             assert_eq!(read(2, 5).len(), 3 * element.size());
             assert!(read(9, 1).is_empty());
-            let error = Rows::open(&path, 4, 3, element).unwrap_err().to_string();
+            let error = RowsFile::open(&path, 4, 3, element).unwrap_err().to_string();
             let want = format!("holds {} bytes, expected 4 rows of 3 ", 9 * element.size());
             assert!(error.contains(&want), "{error}");
         }

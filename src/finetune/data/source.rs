@@ -9,7 +9,7 @@ use crate::prompt::Prompt;
 
 /// A tokenised training sample with its pictures.
 #[derive(Clone, Debug)]
-pub struct Sample {
+pub struct TrainingSample {
     /// Name in errors.
     pub id: String,
     /// Index of the sample in its source; ascending.
@@ -21,7 +21,7 @@ pub struct Sample {
 }
 
 /// Receives samples in order.
-pub type TakeSamples<'a> = dyn FnMut(&mut dyn Iterator<Item = Result<Sample>>) -> Result<()> + 'a;
+pub type TakeSamples<'a> = dyn FnMut(&mut dyn Iterator<Item = Result<TrainingSample>>) -> Result<()> + 'a;
 
 /// A data set to train on. A run reads the first samples to plan its work, and the others only to compute outputs that
 /// are not on disk yet.
@@ -31,15 +31,16 @@ pub trait Source: Sync {
     /// Number of samples.
     fn count(&self) -> u64;
     /// The usable samples, in a fixed order.
-    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>>;
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>>;
     /// Passes the samples to `take` in order. Other threads prepare them, at most `window` ahead.
     fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
         ahead(window, || self.samples(), |mut samples| take(&mut samples))
     }
     /// The samples with these numbers, which are ascending.
-    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         let wanted = numbers.to_vec();
-        let chosen = move |sample: &Result<Sample>| sample.as_ref().map_or(true, |own| wanted.contains(&own.number));
+        let chosen =
+            move |sample: &Result<TrainingSample>| sample.as_ref().map_or(true, |own| wanted.contains(&own.number));
         Ok(Box::new(self.samples()?.filter(chosen)))
     }
     /// Samples that the last pass left out, by reason.
@@ -69,7 +70,7 @@ impl Source for Conversations<'_> {
         self.indices.len() as u64
     }
 
-    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         // Samples are encoded one at a time, on demand, so `number` is the index of the returned sample.
         let number = Rc::new(Cell::new(0));
         let read = number.clone();
@@ -78,7 +79,7 @@ impl Source for Conversations<'_> {
             self.encoder.conversation(sample)
         };
         let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
-        Ok(Box::new(samples.map(move |encoded| Ok(Sample::new(encoded?, number.get())))))
+        Ok(Box::new(samples.map(move |encoded| Ok(TrainingSample::new(encoded?, number.get())))))
     }
 
     fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
@@ -88,17 +89,20 @@ impl Source for Conversations<'_> {
             window,
             |sample| self.encoder.conversation(sample),
             |samples| {
-                take(&mut samples.map(|sample| sample.map(|(index, encoded)| Sample::new(encoded, index as u64))))
+                take(
+                    &mut samples
+                        .map(|sample| sample.map(|(index, encoded)| TrainingSample::new(encoded, index as u64))),
+                )
             },
         )
     }
 
-    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         let indices: Vec<usize> = numbers.iter().map(|&number| number as usize).collect();
         let samples = self.dataset.read(&indices)?;
         Ok(Box::new(samples.map(|sample| {
             let sample = sample?;
-            Ok(Sample::new(self.encoder.conversation(&sample)?, sample.index as u64))
+            Ok(TrainingSample::new(self.encoder.conversation(&sample)?, sample.index as u64))
         })))
     }
 
@@ -107,11 +111,11 @@ impl Source for Conversations<'_> {
     }
 }
 
-impl Sample {
+impl TrainingSample {
     /// Splits an encoded conversation into the runtime's prompt and the answer mask.
     pub fn new(encoded: Encoded, number: u64) -> Self {
         let (id, answer_mask) = (encoded.id.clone(), encoded.answer_mask.clone());
-        Sample { id, number, prompt: encoded.into_prompt(), answer_mask }
+        TrainingSample { id, number, prompt: encoded.into_prompt(), answer_mask }
     }
 }
 
@@ -141,7 +145,7 @@ mod tests {
         let intake = Intake::new(&dataset, &bundle, usize::MAX);
         let source = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
         for _ in 0..2 {
-            let samples: Vec<Sample> = source.samples().unwrap().map(Result::unwrap).collect();
+            let samples: Vec<TrainingSample> = source.samples().unwrap().map(Result::unwrap).collect();
             let numbers: Vec<u64> = samples.iter().map(|sample| sample.number).collect();
             let again = source.some(&numbers[5..9]).unwrap().map(|sample| sample.unwrap().id);
             assert!(again.eq(samples[5..9].iter().map(|sample| sample.id.clone())));

@@ -9,9 +9,9 @@ use crate::finetune::cut::SideInputs;
 use crate::finetune::plan::WINDOW_BYTES;
 
 use super::batch::TrainingSet;
-use super::frozen_part::{Slot, Store};
+use super::frozen_part::{LazySession, RowStore};
 use super::source::Source;
-use super::teacher::{Chosen, Course, Frozen, Running};
+use super::teacher::{Chosen, Frozen, Running, TeacherTargets};
 
 /// Folder of the loaded rows, inside the work folder.
 pub const WINDOW_FOLDER: &str = "window";
@@ -32,7 +32,7 @@ pub struct Streamed<'a> {
     source: &'a dyn Source,
     side: SideInputs,
     /// The dense model, and the frozen layers' output when the dense model computes it too.
-    course: Option<(&'a Course<'a>, Option<Frozen>)>,
+    targets: Option<(&'a TeacherTargets<'a>, Option<Frozen>)>,
     embeds_only: bool,
     max_tokens: usize,
     folder: PathBuf,
@@ -43,7 +43,7 @@ pub struct Streamed<'a> {
 
 /// Models, loaded on first use.
 struct Models<'a> {
-    prefix: Slot<'a>,
+    prefix: LazySession<'a>,
     dense: Option<Running<'a>>,
 }
 
@@ -53,11 +53,11 @@ pub struct StreamedParts<'a> {
     /// Side inputs of the suffix.
     pub side: SideInputs,
     /// The frozen layers.
-    pub prefix: Slot<'a>,
+    pub prefix: LazySession<'a>,
     /// True when the embeddings are the residual stream before the first trained layer.
     pub embeds_only: bool,
     /// The dense model, when a loss term reads its outputs.
-    pub course: Option<&'a Course<'a>>,
+    pub targets: Option<&'a TeacherTargets<'a>>,
     /// The stream before the first trained layer as a value of the dense model, when the dense model computes it.
     pub frozen: Option<Frozen>,
     pub max_tokens: usize,
@@ -71,13 +71,13 @@ pub struct StreamedParts<'a> {
 impl<'a> Streamed<'a> {
     /// Loads no model yet.
     pub fn new(parts: StreamedParts<'a>) -> Self {
-        let StreamedParts { source, side, prefix, embeds_only, course, frozen, max_tokens, work, cancel, .. } = parts;
-        let course = course.filter(|course| !course.files().is_empty()).map(|course| (course, frozen));
-        let dense = course.map(|(course, frozen)| course.running(frozen));
+        let StreamedParts { source, side, prefix, embeds_only, targets, frozen, max_tokens, work, cancel, .. } = parts;
+        let targets = targets.filter(|targets| !targets.files().is_empty()).map(|targets| (targets, frozen));
+        let dense = targets.map(|(targets, frozen)| targets.running(frozen));
         let tokens = (WINDOW_BYTES / parts.bytes_per_token.max(1)).max(1) as usize;
         let models = Mutex::new(Models { prefix, dense });
         let folder = work.join(WINDOW_FOLDER);
-        Streamed { source, side, course, embeds_only, max_tokens, folder, cancel, models, tokens }
+        Streamed { source, side, targets, embeds_only, max_tokens, folder, cancel, models, tokens }
     }
 }
 
@@ -91,21 +91,21 @@ impl Loads for Streamed<'_> {
         let mut numbers: Vec<u64> = samples.iter().map(|&sample| dataset.examples[sample].number).collect();
         numbers.sort_unstable();
         let source = Chosen { source: self.source, numbers };
-        let store = Store::new(&self.folder, &sha256_json(&"rows at hand")?, self.side.clone());
+        let store = RowStore::new(&self.folder, &sha256_json(&"rows at hand")?, self.side.clone());
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
         let Models { prefix, dense } = &mut *models;
-        let files = self.course.map(|(course, _)| course.files().in_folder(&self.folder));
+        let files = self.targets.map(|(targets, _)| targets.files().in_folder(&self.folder));
         let mut found = None;
-        if let (Some((course, frozen)), Some(files), Some(dense)) = (self.course, &files, dense) {
+        if let (Some((targets, frozen)), Some(files), Some(dense)) = (self.targets, &files, dense) {
             let frozen = frozen.map(|frozen| (frozen, &store));
-            found = course.fill(&source, files, frozen, dense, "", self.cancel)?;
+            found = targets.fill(&source, files, frozen, dense, "", self.cancel)?;
         }
         let (mut set, _) = match found {
             Some(found) => found,
             None => store.fill(&source, "", prefix, self.embeds_only, self.max_tokens, self.cancel)?,
         };
-        if let (Some((course, _)), Some(files)) = (self.course, &files) {
-            set.targets = course.open(files, &set.examples, set.hidden_size())?;
+        if let (Some((targets, _)), Some(files)) = (self.targets, &files) {
+            set.targets = targets.open(files, &set.examples, set.hidden_size())?;
         }
         dataset.put(samples, set)
     }

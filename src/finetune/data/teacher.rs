@@ -15,22 +15,20 @@ use crate::finetune::plan::{Point, points};
 use crate::finetune::settings::Settings;
 use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
-use crate::runtime::{
-    Decoder, FeatureCache, Runtime, Session, SessionOptions, Tensor as RuntimeTensor, VlmSession, headed,
-};
+use crate::runtime::{Decoder, FeatureCache, Runtime, Session, SessionOptions, TensorValue, VlmSession, headed};
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
-use super::frozen_part::{self, Slot, Store, each_round};
-use super::rows::{Element, Rows, RowsWriter};
+use super::frozen_part::{self, LazySession, RowStore, each_round};
+use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::same::same_computation;
-use super::source::{Sample, Source};
+use super::source::{Source, TrainingSample};
 
 /// Limit on the logits of one run, in bytes.
 const LOGIT_BYTES: usize = 256 << 20;
 
 /// Element types of the stored streams and answer distributions.
-const STREAMS: Element = Element::Bf16;
-const ANSWERS: Element = Element::F32;
+const STREAMS: RowDtype = RowDtype::Bf16;
+const ANSWERS: RowDtype = RowDtype::F32;
 
 /// The dense model, and the correspondence of its layers to those of the pruned model.
 pub struct Teacher<'a> {
@@ -43,7 +41,7 @@ pub struct Teacher<'a> {
 }
 
 /// Inputs of a run of the dense model.
-pub struct Lesson<'a> {
+pub struct TeacherRequest<'a> {
     pub teacher: &'a Teacher<'a>,
     pub trained: &'a [usize],
     /// First trained layer, as an index in the pruned model.
@@ -57,8 +55,8 @@ pub struct Lesson<'a> {
 }
 
 /// The outputs to compute with the dense model, and their files.
-pub struct Course<'a> {
-    lesson: Lesson<'a>,
+pub struct TeacherTargets<'a> {
+    request: TeacherRequest<'a>,
     /// SHA-256 of the dense model.
     pub digest: Sha256Digest,
     analysis: Analysis,
@@ -101,7 +99,7 @@ impl TargetFiles {
 
 /// The dense model during a run: its layers, and its head when that runs separately.
 pub struct Running<'a> {
-    body: Slot<'a>,
+    body: LazySession<'a>,
     head: Option<Session>,
 }
 
@@ -153,12 +151,12 @@ impl Dense {
     }
 }
 
-impl<'a> Lesson<'a> {
+impl<'a> TeacherRequest<'a> {
     /// Determines the outputs to compute with the dense model and their files. `digest` is the SHA-256 of the dense
     /// model.
     ///
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
-    pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
+    pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<TeacherTargets<'a>> {
         let all = dense.points(self.teacher, self.trained, self.first, self.settings);
         let by_terms = self.settings.clone().with(|s| s.fit.enabled = false);
         let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
@@ -167,7 +165,7 @@ impl<'a> Lesson<'a> {
         let vocabulary = last_size(&analysis, analysis.map.result);
         let k = (self.settings.kd.top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
         let max_tokens = self.settings.data.max_tokens;
-        let file = |what: &str, key: Sha256Digest, element: Element| {
+        let file = |what: &str, key: Sha256Digest, element: RowDtype| {
             self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
         };
         let streams = points.iter().map(|point| {
@@ -175,7 +173,7 @@ impl<'a> Lesson<'a> {
             Ok(file("streams", key, STREAMS))
         });
         let streams = streams.collect::<Result<Vec<_>>>()?;
-        let answers = self.settings.reads(loss::Teacher::Logits).then(|| {
+        let answers = self.settings.reads(loss::TeacherOutput::Logits).then(|| {
             let temperature = self.settings.kd.temperature;
             let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
             key.map(|key| (file("answers", key, ANSWERS), k))
@@ -183,11 +181,11 @@ impl<'a> Lesson<'a> {
         let files = TargetFiles { streams, answers: answers.transpose()? };
         let result = analysis.map.result;
         let head_input = Some(head_input(&analysis.model.graph, result)).filter(|&input| input != result);
-        Ok(Course { lesson: self, digest, analysis, points, fit_points, files, vocabulary, head_input })
+        Ok(TeacherTargets { request: self, digest, analysis, points, fit_points, files, vocabulary, head_input })
     }
 }
 
-impl Course<'_> {
+impl TeacherTargets<'_> {
     /// True when all files exist: an earlier run wrote them, or no loss term reads any output.
     pub fn files_exist(&self) -> bool {
         self.files.exist()
@@ -200,13 +198,13 @@ impl Course<'_> {
 
     /// Compared points of the student's stream, counted in layers from the first trained one.
     pub fn student_points(&self) -> Vec<usize> {
-        self.points.iter().map(|point| point.student - self.lesson.first).collect()
+        self.points.iter().map(|point| point.student - self.request.first).collect()
     }
 
     /// The dense model, to be loaded on first use. With `frozen`, its outputs include that stream.
     pub fn running(&self, frozen: Option<Frozen>) -> Running<'_> {
         let outputs = self.outputs(frozen).values;
-        Running { body: Slot::new(move || self.session(&outputs)), head: None }
+        Running { body: LazySession::new(move || self.session(&outputs)), head: None }
     }
 
     /// Outputs of a run, each value once.
@@ -231,8 +229,8 @@ impl Course<'_> {
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
-        let first = self.lesson.first;
-        let keeps_all_before = self.lesson.teacher.kept.iter().take(first).copied().eq(0..first);
+        let first = self.request.first;
+        let keeps_all_before = self.request.teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
         if !keeps_all_before || parent != Some(&self.digest) {
@@ -245,7 +243,7 @@ impl Course<'_> {
     }
 
     /// Runs the dense model over the samples of `source` and writes its outputs to `files`. With `frozen`, also fills
-    /// the store with that stream and returns its samples; `running` must come from [`Course::running`] with the same
+    /// the store with that stream and returns its samples; `running` must come from [`TeacherTargets::running`] with the same
     /// `frozen`. An empty `task` shows no progress.
     ///
     /// Errors: those of the samples and runs; `Error::Interrupted`. Nothing is stored then.
@@ -253,12 +251,12 @@ impl Course<'_> {
         &self,
         source: &dyn Source,
         files: &TargetFiles,
-        frozen: Option<(Frozen, &Store)>,
+        frozen: Option<(Frozen, &RowStore)>,
         running: &mut Running<'_>,
         task: &str,
         cancel: &Cancel,
     ) -> Result<Option<(TrainingSet, LeftOut)>> {
-        let settings = self.lesson.settings;
+        let settings = self.request.settings;
         let places = self.outputs(frozen.map(|(frozen, _)| frozen));
         let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
         let writers = files.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
@@ -327,7 +325,7 @@ impl Course<'_> {
         let shape = vec![Dim::Known(1), Dim::Unknown, port.shape.last().cloned().unwrap_or(Dim::Unknown)];
         model.graph.values[input.index()].ty = Some(ValueType::Tensor { dtype: port.dtype, shape: Some(shape) });
         let part = extract(&model, &[input], &[self.analysis.map.result])?;
-        Runtime::new(self.lesson.device)?.session_of(&part, &SessionOptions::default())
+        Runtime::new(self.request.device)?.session_of(&part, &SessionOptions::default())
     }
 
     /// [`top_k`] of each of `count` rows of the head's input, `[count, 2 * k]`.
@@ -350,7 +348,7 @@ impl Course<'_> {
         let mut found = Vec::with_capacity(2 * k * count);
         for rows in rows.chunks(width.max(1) * self.logit_rows()) {
             let count = rows.len() / width.max(1);
-            let tensor = RuntimeTensor::from_f32(dtype, &[1, count, width], rows.to_vec())?;
+            let tensor = TensorValue::from_f32(dtype, &[1, count, width], rows.to_vec())?;
             let outputs = head.run(&[(&name, &tensor)], None)?;
             for (_, logits) in outputs.iter() {
                 found.extend(likeliest(&logits.to_f32()?, count, k, temperature));
@@ -367,7 +365,7 @@ impl Course<'_> {
 
     /// The dense model, reduced to the nodes that compute `outputs`.
     fn session(&self, outputs: &[ValueId]) -> Result<VlmSession> {
-        let Lesson { teacher, device, features, .. } = &self.lesson;
+        let TeacherRequest { teacher, device, features, .. } = &self.request;
         let part = extract(&self.analysis.model, &[], outputs)?;
         let runtime = Runtime::new(*device)?;
         let options = SessionOptions::default();
@@ -381,8 +379,13 @@ impl Course<'_> {
     /// Nothing is written to disk.
     ///
     /// Errors: `Error::Invalid` when a layer has no point; those of the samples and runs; `Error::Interrupted`.
-    pub fn behind(&self, layers: &[usize], numbers: &[u64], cancel: &Cancel) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
-        let first = self.lesson.first;
+    pub fn rows_behind(
+        &self,
+        layers: &[usize],
+        numbers: &[u64],
+        cancel: &Cancel,
+    ) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
+        let first = self.request.first;
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut places = Vec::with_capacity(layers.len());
         for layer in layers {
@@ -394,9 +397,9 @@ impl Course<'_> {
         }
         let mut numbers = numbers.to_vec();
         numbers.sort_unstable();
-        let chosen = Chosen { source: self.lesson.source, numbers };
+        let chosen = Chosen { source: self.request.source, numbers };
         let mut found: Vec<BTreeMap<u64, Vec<u8>>> = layers.iter().map(|_| BTreeMap::new()).collect();
-        let mut model = Slot::new(|| self.session(&outputs));
+        let mut model = LazySession::new(|| self.session(&outputs));
         each_round(&chosen, "dense model", &mut model, usize::MAX, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, usize::MAX, |_, outputs| {
                 Ok(places.iter().map(|&place| STREAMS.bytes_of(outputs[place])).collect::<Vec<_>>())
@@ -417,19 +420,19 @@ impl Course<'_> {
     /// `Error::Io`.
     pub fn open(&self, files: &TargetFiles, examples: &[Example], hidden_size: usize) -> Result<Targets> {
         if let Some(other) = last_size(&self.analysis, self.analysis.map.source).filter(|&other| other != hidden_size) {
-            let path = self.lesson.teacher.bundle.root().display();
+            let path = self.request.teacher.bundle.root().display();
             let problem = format!("its hidden size is {other}, the pruned model's {hidden_size}");
             return Err(Error::invalid(format!("teacher `{path}`"), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let first = self.lesson.first;
+        let first = self.request.first;
         let streams = self.points.iter().zip(&files.streams).map(|(point, path)| {
-            let rows = Rows::open(path, total_tokens(examples), hidden_size, STREAMS)?;
+            let rows = RowsFile::open(path, total_tokens(examples), hidden_size, STREAMS)?;
             Ok(StreamTarget { rows, point: point.student - first })
         });
         let answers = files.answers.as_ref().map(|(path, k)| {
             let count = examples.iter().map(|example| example.answers as u64).sum();
-            Rows::open(path, count, 2 * k, ANSWERS)
+            RowsFile::open(path, count, 2 * k, ANSWERS)
         });
         Ok(Targets { streams: streams.collect::<Result<_>>()?, answers: answers.transpose()? })
     }
@@ -470,7 +473,7 @@ impl Source for Chosen<'_> {
         self.numbers.len() as u64
     }
 
-    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<TrainingSample>> + '_>> {
         self.source.some(&self.numbers)
     }
 }

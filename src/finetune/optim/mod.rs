@@ -9,6 +9,6 @@ mod schedule;
 
 pub use average::Average;
 pub use optimizer::{
-    Constants, OPTIMIZERS, Optimizer, OptimizerKind, OptimizerRow, Parameter, clip_gradients, state_bytes,
+    Constants, OPTIMIZERS, OptimizedParameter, Optimizer, OptimizerKind, OptimizerRow, clip_gradients, state_bytes,
 };
 pub use schedule::{SCHEDULES, Schedule, ScheduleRow, warmup_steps};

@@ -34,7 +34,7 @@ pub struct OptimizerRow {
     /// Peak learning rates that `learning_rate = "auto"` tries, ascending.
     pub rates: &'static [f64],
     /// Creates the initial state for a weight.
-    begin: fn(&Tensor) -> Result<State, tch::TchError>,
+    begin: fn(&Tensor) -> Result<OptimizerState, tch::TchError>,
     /// Bytes of that state for a weight of this shape.
     bytes: fn(&[u64]) -> u64,
 }
@@ -45,7 +45,7 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
         kind: OptimizerKind::AdamW,
         name: "adamw",
         rates: ADAMW_RATES,
-        begin: State::adamw,
+        begin: OptimizerState::adamw,
         bytes: |shape| 8 * shape.iter().product::<u64>(),
     },
     OptimizerRow {
@@ -53,8 +53,8 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
         name: "muon",
         rates: &[1e-3, 3e-3, 1e-2, 3e-2],
         begin: |value| match Muon::takes(&value.size()) {
-            true => Ok(State::Muon { momentum: value.f_zeros_like()? }),
-            false => State::adamw(value),
+            true => Ok(OptimizerState::Muon { momentum: value.f_zeros_like()? }),
+            false => OptimizerState::adamw(value),
         },
         bytes: |shape| {
             let signed: Vec<i64> = shape.iter().map(|&size| i64::try_from(size).unwrap_or(i64::MAX)).collect();
@@ -66,8 +66,11 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
         name: "adamw-8bit",
         rates: ADAMW_RATES,
         begin: |value| match value.numel() >= EIGHT_BITS_FROM {
-            true => Ok(State::EightBit { first: Moment::zeros(value, true)?, second: Moment::zeros(value, false)? }),
-            false => State::adamw(value),
+            true => Ok(OptimizerState::EightBit {
+                first: Moment::zeros(value, true)?,
+                second: Moment::zeros(value, false)?,
+            }),
+            false => OptimizerState::adamw(value),
         },
         bytes: |shape| match shape.iter().product::<u64>() {
             elements if elements >= EIGHT_BITS_FROM as u64 => 2 * moment_bytes(elements),
@@ -100,7 +103,7 @@ pub fn state_bytes(optimizer: OptimizerKind, shapes: &[Vec<u64>]) -> u64 {
 
 /// State of an optimiser for one weight, carried from step to step.
 #[derive(Debug)]
-pub enum State {
+pub enum OptimizerState {
     AdamW {
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
@@ -115,22 +118,22 @@ pub enum State {
     },
 }
 
-impl State {
+impl OptimizerState {
     fn adamw(value: &Tensor) -> Result<Self, tch::TchError> {
-        Ok(State::AdamW { exp_avg: value.f_zeros_like()?, exp_avg_sq: value.f_zeros_like()? })
+        Ok(OptimizerState::AdamW { exp_avg: value.f_zeros_like()?, exp_avg_sq: value.f_zeros_like()? })
     }
 }
 
 /// A trained tensor: an f32 leaf with its optimiser state.
-pub struct Parameter {
+pub struct OptimizedParameter {
     /// The initializer's name in the graph.
     pub name: String,
     /// The trained value; requires gradients.
     pub value: Tensor,
-    pub state: State,
+    pub state: OptimizerState,
 }
 
-impl Parameter {
+impl OptimizedParameter {
     /// A parameter with its state at 0. A `value` that requires gradients is trained in place.
     ///
     /// Errors: `Error::Engine` from LibTorch; `Error::Invalid` unless `value` is f32.
@@ -144,16 +147,18 @@ impl Parameter {
         }
         let value = if value.requires_grad() { value } else { value.detach().set_requires_grad(true) };
         let state = (optimizer.row().begin)(&value.detach()).map_err(torch_error("the optimiser's state"))?;
-        Ok(Parameter { name, value, state })
+        Ok(OptimizedParameter { name, value, state })
     }
 
     /// Tensors for a checkpoint, by name. They share memory with the parameter.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> {
         let named = |kind: &str, tensor: &Tensor| (format!("{kind}/{}", self.name), tensor.shallow_clone());
         let state = match &self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => vec![named("exp_avg", exp_avg), named("exp_avg_sq", exp_avg_sq)],
-            State::Muon { momentum } => vec![named("exp_avg", momentum)],
-            State::EightBit { first, second } => vec![
+            OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
+                vec![named("exp_avg", exp_avg), named("exp_avg_sq", exp_avg_sq)]
+            }
+            OptimizerState::Muon { momentum } => vec![named("exp_avg", momentum)],
+            OptimizerState::EightBit { first, second } => vec![
                 named("exp_avg", &first.codes),
                 named("exp_avg_scales", &first.scales),
                 named("exp_avg_sq", &second.codes),
@@ -166,7 +171,7 @@ impl Parameter {
     /// Relative cost of a step, to compare parameters.
     pub fn work(&self) -> usize {
         let shorter = match (&self.state, self.value.size().as_slice()) {
-            (State::Muon { .. }, [.., rows, columns]) => usize::try_from(*rows.min(columns)).unwrap_or(1),
+            (OptimizerState::Muon { .. }, [.., rows, columns]) => usize::try_from(*rows.min(columns)).unwrap_or(1),
             _ => 1,
         };
         self.value.numel().saturating_mul(shorter)
@@ -199,15 +204,21 @@ impl Optimizer {
     /// One update in place; `step` counts from 1.
     ///
     /// Errors: `Error::Engine` from LibTorch.
-    pub fn step(&self, parameter: &mut Parameter, gradient: &Tensor, step: u64, learning_rate: f64) -> Result<()> {
+    pub fn step(
+        &self,
+        parameter: &mut OptimizedParameter,
+        gradient: &Tensor,
+        step: u64,
+        learning_rate: f64,
+    ) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        let Parameter { name, value, state } = parameter;
+        let OptimizedParameter { name, value, state } = parameter;
         let done = match state {
-            State::AdamW { exp_avg, exp_avg_sq } => {
+            OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
                 self.adamw.update(value, Moments { exp_avg, exp_avg_sq }, gradient, step, learning_rate)
             }
-            State::Muon { momentum } => self.muon.update(value, momentum, gradient, learning_rate),
-            State::EightBit { first, second } => {
+            OptimizerState::Muon { momentum } => self.muon.update(value, momentum, gradient, learning_rate),
+            OptimizerState::EightBit { first, second } => {
                 let mut update = || -> Result<(), tch::TchError> {
                     let (mut exp_avg, mut exp_avg_sq) = (first.numbers()?, second.numbers()?);
                     let moments = Moments { exp_avg: &mut exp_avg, exp_avg_sq: &mut exp_avg_sq };
@@ -290,7 +301,7 @@ pub mod tests {
     #[test]
     fn only_f32_parameters_are_trained() {
         let half = Tensor::zeros([2], (Kind::Half, tch::Device::Cpu));
-        let error = Parameter::new("w", half, OptimizerKind::AdamW).err().unwrap().to_string();
+        let error = OptimizedParameter::new("w", half, OptimizerKind::AdamW).err().unwrap().to_string();
         assert_eq!(error, "parameter `w`: is Half, must be f32 to train");
     }
 
@@ -305,8 +316,8 @@ pub mod tests {
     fn muon_updates_matrices_and_stacks_of_matrices() {
         let second = |size: &[i64]| {
             let value = Tensor::zeros(size, (Kind::Float, tch::Device::Cpu));
-            let state = Parameter::new("w", value, OptimizerKind::Muon).unwrap().state;
-            matches!(state, State::AdamW { .. })
+            let state = OptimizedParameter::new("w", value, OptimizerKind::Muon).unwrap().state;
+            matches!(state, OptimizerState::AdamW { .. })
         };
         assert!(!second(&[4, 2]) && !second(&[3, 2, 4]));
         assert!(second(&[4]) && second(&[]) && second(&[4, 1]) && second(&[4, 1, 3]));
@@ -322,7 +333,7 @@ pub mod tests {
         let want = fill([96, 64], 0.37);
         let optimizer = Optimizer::new(Constants { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 });
         let train = |kind: OptimizerKind| -> Tensor {
-            let mut parameter = Parameter::new("w", Tensor::zeros_like(&want), kind).unwrap();
+            let mut parameter = OptimizedParameter::new("w", Tensor::zeros_like(&want), kind).unwrap();
             for step in 1..=300u64 {
                 let x = fill([16, 96], 0.011 * step as f64 + 0.3);
                 let off = x.matmul(&(parameter.value.detach() - &want));
@@ -333,10 +344,10 @@ pub mod tests {
         };
         let distance = |a: &Tensor, b: &Tensor| (a - b).square().mean(Kind::Float).sqrt().double_value(&[]);
         let (full, eight) = (train(OptimizerKind::AdamW), train(OptimizerKind::AdamW8Bit));
-        let begun = distance(&Tensor::zeros_like(&want), &want);
+        let initial = distance(&Tensor::zeros_like(&want), &want);
         let (left, left_8) = (distance(&full, &want), distance(&eight, &want));
-        assert!(left < 0.7 * begun && left_8 < 1.01 * left, "{begun}: {left} in 32 bits, {left_8} in 8");
-        assert!(distance(&full, &eight) < 0.1 * begun, "{}", distance(&full, &eight));
+        assert!(left < 0.7 * initial && left_8 < 1.01 * left, "{initial}: {left} in 32 bits, {left_8} in 8");
+        assert!(distance(&full, &eight) < 0.1 * initial, "{}", distance(&full, &eight));
         let bytes = |kind| state_bytes(kind, &[vec![96, 64]]);
         assert_eq!((bytes(OptimizerKind::AdamW), bytes(OptimizerKind::AdamW8Bit)), (49152, 12480));
     }

@@ -4,7 +4,7 @@ use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
 use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData};
-use super::run_plan::{Facts, RunPlan};
+use super::run_plan::{PlanInputs, RunPlan};
 use super::{PROCESS_BYTES, WINDOW_BYTES};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
@@ -12,8 +12,8 @@ const LOGIT_COPIES: u64 = 4;
 
 impl RunPlan {
     /// Lists every item anew, and sums them.
-    pub(super) fn measure(&mut self, facts: &Facts<'_>) {
-        self.bytes = items(self, facts);
+    pub(super) fn measure(&mut self, inputs: &PlanInputs<'_>) {
+        self.bytes = items(self, inputs);
         let of = |phase: Phase| -> u64 {
             let own = self.bytes.iter().filter(|item| item.place == Place::Memory && item.phase == phase);
             own.map(|item| item.bytes).sum()
@@ -25,8 +25,8 @@ impl RunPlan {
 }
 
 /// Lists every item of memory and disk.
-fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
-    let Facts { settings, sizes, .. } = facts;
+fn items(plan: &RunPlan, inputs: &PlanInputs<'_>) -> Vec<PlannedBytes> {
+    let PlanInputs { settings, sizes, .. } = inputs;
     let mut items = Vec::new();
     let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
         if bytes > 0 {
@@ -39,11 +39,11 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
     let workers = plan.workers;
     let now = match plan.order {
         // Only one layer's state is held at a time.
-        Order::LayerByLayer => elements.div_ceil(facts.layers.len().max(1) as u64),
+        Order::LayerByLayer => elements.div_ceil(inputs.layers.len().max(1) as u64),
         _ => elements,
     };
-    if plan.frozen_before > 0 || facts.teacher_bytes > 0 {
-        let bytes = sizes.prefix_bytes.max(facts.teacher_bytes);
+    if plan.frozen_before > 0 || inputs.teacher_bytes > 0 {
+        let bytes = sizes.prefix_bytes.max(inputs.teacher_bytes);
         add(
             Phase::Teacher,
             Place::Memory,
@@ -53,7 +53,7 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         );
         if plan.streamed {
             // The models remain loaded during the steps.
-            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
+            let dense = if plan.targets.len() > 1 { inputs.teacher_bytes } else { 0 };
             let formula = "rows are computed between steps".to_string();
             add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
         }
@@ -105,7 +105,7 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         let formula = format!("{each} x {now} x {workers} networks");
         add(Phase::Steps, Place::Memory, "gradients", each * now * workers, formula);
         if plan.precision == Precision::Bf16 {
-            let run = if plan.gradient_checkpointing { facts.layers.len().max(1) as u64 } else { 1 };
+            let run = if plan.gradient_checkpointing { inputs.layers.len().max(1) as u64 } else { 1 };
             let (bytes, formula) = (2 * now.div_ceil(run), format!("2 x {}", now.div_ceil(run)));
             add(Phase::Steps, Place::Memory, "trained weights in bf16", bytes * workers, formula);
         }
@@ -115,7 +115,7 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
         let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
         add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
-        let (bytes, formula) = activations(plan, facts);
+        let (bytes, formula) = activations(plan, inputs);
         add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
         let checkpoint = 4 * now
             + state
@@ -147,8 +147,8 @@ fn passes_per_step(plan: &RunPlan, settings: &Settings) -> u64 {
 }
 
 /// Bytes of activations and logits that a pass holds for its backward pass, with the formula.
-fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
-    let sizes = facts.sizes;
+fn activations(plan: &RunPlan, inputs: &PlanInputs<'_>) -> (u64, String) {
+    let sizes = inputs.sizes;
     let tokens = plan.batch_tokens;
     let width: u64 = if plan.precision == Precision::Bf16 { 2 } else { 4 };
     let keys = plan.data.longest_tokens.min(tokens);
@@ -163,7 +163,7 @@ fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
             (_, false) => sum,
         };
     let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
-    let looks = facts.settings.looks_at_answers();
+    let looks = inputs.settings.looks_at_answers();
     let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
     let formula =
         format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);

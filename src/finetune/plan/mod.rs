@@ -4,19 +4,19 @@ mod activations;
 mod items;
 mod limits;
 pub mod order;
-mod part;
 mod planned;
 mod points;
 mod run_plan;
 mod sizes;
+mod step_range;
 
 pub use limits::Limits;
-pub use order::Step;
-pub use part::{Part, TrialPlan};
+pub use order::StepSamples;
 pub use planned::{PlannedBytes, PlannedData};
 pub use points::{Point, anchor_points, points};
-pub use run_plan::{Facts, RunPlan};
+pub use run_plan::{PlanInputs, RunPlan};
 pub use sizes::Sizes;
+pub use step_range::{StepRange, TrialPlan};
 
 /// Bytes of rows that a streamed run computes and holds at once.
 pub const WINDOW_BYTES: u64 = 64 << 20;

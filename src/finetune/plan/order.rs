@@ -11,14 +11,14 @@ use crate::finetune::settings::Settings;
 const STEPS_PER_GROUP: usize = 16;
 
 /// Samples of one optimiser step, grouped into the micro-batches of its forward passes.
-pub type Step = Vec<Vec<usize>>;
+pub type StepSamples = Vec<Vec<usize>>;
 
 /// All steps of one epoch. `lengths` has the length in tokens of each sample.
 ///
 /// Every sample occurs once. Each step takes `batch_size * accumulation_steps` samples; the last step may be smaller.
 /// Within a step the samples are sorted by length before they are cut into forward passes, which reduces padding and
 /// changes no gradient.
-pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<Step> {
+pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<StepSamples> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     rng.set_stream(epoch);
     let mut order: Vec<usize> = (0..lengths.len()).collect();

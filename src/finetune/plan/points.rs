@@ -1,6 +1,6 @@
 //! Points of the residual stream that are compared with the dense model's stream.
 
-use crate::finetune::loss::{Compared, Compute, LOSSES};
+use crate::finetune::loss::{ComparedPoints, Compute, LOSSES};
 use crate::finetune::settings::Settings;
 
 /// A point of the residual stream: before the student's layer `student`, compared with the dense model's stream before
@@ -47,8 +47,8 @@ pub fn points(
     let mut students: Vec<usize> = Vec::new();
     for row in LOSSES.iter().filter(|row| settings.weight(row.kind) > 0.0) {
         match row.compute {
-            Compute::Stream(Compared::All, _) => students.extend(first + 1..=layers),
-            Compute::Stream(Compared::TrainedAndAnchors, _) => {
+            Compute::Stream(ComparedPoints::All, _) => students.extend(first + 1..=layers),
+            Compute::Stream(ComparedPoints::TrainedAndAnchors, _) => {
                 students.extend(anchor_points(anchors, trained, settings));
             }
             Compute::Answers(_) => {}

@@ -5,15 +5,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
-use crate::finetune::loss::{LOSSES, Teacher};
+use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
 
 use super::PROCESS_BYTES;
 use super::limits::Limits;
-use super::part::{Part, TrialPlan};
 use super::planned::{Order, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget};
 use super::points::Point;
 use super::sizes::Sizes;
+use super::step_range::{StepRange, TrialPlan};
 
 /// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy and frees it.
 const MOST_WIDENED_BYTES: u64 = 256 << 20;
@@ -86,7 +86,7 @@ pub struct RunPlan {
 }
 
 /// Inputs of a plan.
-pub struct Facts<'a> {
+pub struct PlanInputs<'a> {
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// True for a GPU.
@@ -125,41 +125,42 @@ impl RunPlan {
 
     /// Makes the plan. When the user set a memory limit, reduces passes and networks to fit it; `fits` has the result.
     ///
-    /// Errors: none; [`RunPlan::check`] reports a plan that exceeds its limits.
-    pub fn resolve(facts: &Facts<'_>) -> Result<Self> {
-        let Facts { settings, sizes, limits, data, .. } = facts;
-        let first = facts.first;
+    /// [`RunPlan::check`] reports a plan that exceeds its limits.
+    pub fn resolve(inputs: &PlanInputs<'_>) -> Self {
+        let PlanInputs { settings, sizes, limits, data, .. } = inputs;
+        let first = inputs.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
         let trained = sizes.trained_elements();
-        let one = facts.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
+        let one = inputs.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
         let longest = data.longest_tokens.max(1);
-        let asked = limits.batch_tokens.unwrap_or(match facts.on_gpu {
+        let asked = limits.batch_tokens.unwrap_or(match inputs.on_gpu {
             true => u64::from(settings.batch.size) * longest,
             false => CPU_BATCH_TOKENS,
         });
+        let trained_layers = settings.trained_layers(inputs.layers, inputs.layer_count);
         let mut plan = RunPlan {
             schema_version: Self::SCHEMA_VERSION,
-            device: facts.device.clone(),
+            device: inputs.device.clone(),
             precision: settings.precision,
-            trained: facts.layers.iter().map(|&layer| layer as u64).collect(),
+            trained: trained_layers.into_iter().map(|layer| layer as u64).collect(),
             frozen_before: first as u64,
-            layers_run: (facts.layer_count - first) as u64,
+            layers_run: (inputs.layer_count - first) as u64,
             trained_parameters: trained,
             order: match (settings.trains(), settings.layer_by_layer()) {
                 (false, _) => Order::FitOnly,
                 (true, true) => Order::LayerByLayer,
                 (true, false) => Order::Together,
             },
-            fit: facts.fit(),
-            search: facts.search(),
-            stages: facts.stages(),
+            fit: inputs.fit(),
+            search: inputs.search(),
+            stages: inputs.stages(),
             data: data.clone(),
-            targets: facts.targets(!facts.streamed()),
-            workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
-            threads: if one { facts.cores } else { 1 },
+            targets: inputs.targets(!inputs.streamed()),
+            workers: if one { 1 } else { limits.workers.unwrap_or(inputs.cores) },
+            threads: if one { inputs.cores } else { 1 },
             batch_tokens: asked.max(longest),
-            streamed: facts.streamed(),
-            cache_limit_bytes: limits.cache.unwrap_or(facts.cache_bytes),
+            streamed: inputs.streamed(),
+            cache_limit_bytes: limits.cache.unwrap_or(inputs.cache_bytes),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,
             bytes: Vec::new(),
@@ -168,28 +169,28 @@ impl RunPlan {
             memory_limit_bytes: limits.memory,
             fits: None,
         };
-        plan.measure(facts);
+        plan.measure(inputs);
         if let Some(limit) = limits.memory {
-            plan.shrink(facts, limit, longest);
+            plan.shrink(inputs, limit, longest);
             plan.fits = Some(plan.memory_bytes <= limit);
         }
-        Ok(plan)
+        plan
     }
 
     /// Reduces memory until the plan fits `limit`: first by gradient checkpointing, then by fewer tokens per pass, then
     /// by fewer networks.
-    fn shrink(&mut self, facts: &Facts<'_>, limit: u64, longest: u64) {
+    fn shrink(&mut self, inputs: &PlanInputs<'_>, limit: u64, longest: u64) {
         let fits = |plan: &mut Self| {
-            plan.measure(facts);
+            plan.measure(inputs);
             plan.memory_bytes <= limit
         };
         if fits(self) {
             return;
         }
-        if facts.settings.batch.gradient_checkpointing.is_none() {
+        if inputs.settings.batch.gradient_checkpointing.is_none() {
             self.gradient_checkpointing = true;
         }
-        while !fits(self) && self.batch_tokens > longest && facts.limits.batch_tokens.is_none() {
+        while !fits(self) && self.batch_tokens > longest && inputs.limits.batch_tokens.is_none() {
             self.batch_tokens = (self.batch_tokens / 2).max(longest);
         }
         while !fits(self) && self.workers > 1 {
@@ -261,7 +262,7 @@ impl RunPlan {
     }
 }
 
-impl Facts<'_> {
+impl PlanInputs<'_> {
     fn fit(&self) -> Option<PlannedFit> {
         if !self.settings.fit.enabled {
             return None;
@@ -320,8 +321,8 @@ impl Facts<'_> {
         }
         let samples = self.data.samples as usize;
         let total = match self.settings.layer_by_layer() {
-            true => Part::each(self.settings, samples, self.layers.len()).last().map_or(0, Part::end),
-            false => Part::whole(self.settings, samples).steps,
+            true => StepRange::each(self.settings, samples, self.layers.len()).last().map_or(0, StepRange::end),
+            false => StepRange::whole(self.settings, samples).steps,
         };
         let mut before = 0;
         let stages = self.settings.by_stage(total).into_iter().map(|(end, stage)| {
@@ -355,13 +356,13 @@ impl Facts<'_> {
                 written: keeps,
             });
         }
-        let by_terms = |wanted: Teacher| -> Vec<String> {
+        let by_terms = |wanted: TeacherOutput| -> Vec<String> {
             let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
         };
         for point in self.points {
             let behind_trained = self.layers.contains(&(point.student - 1));
-            let mut read_by = by_terms(Teacher::Stream);
+            let mut read_by = by_terms(TeacherOutput::Stream);
             let kept = !read_by.is_empty();
             if self.settings.fit.enabled && behind_trained {
                 read_by.push("fit".to_string());
@@ -370,7 +371,7 @@ impl Facts<'_> {
             let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);
             targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept && keeps });
         }
-        let read_by = by_terms(Teacher::Logits);
+        let read_by = by_terms(TeacherOutput::Logits);
         if !read_by.is_empty() {
             let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
             let what = "dense model's answers".to_string();

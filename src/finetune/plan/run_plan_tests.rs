@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::finetune::loss::LossKind;
 use crate::finetune::plan::activations::{Kept, Width};
-use crate::finetune::settings::Stage;
+use crate::finetune::settings::{LoraLayers, Stage};
 
 fn layer_kept(kept: u64, widest: u64) -> Kept {
     Kept { kept: Width { own: kept, per_key: 0 }, widest: Width { own: widest, per_key: 0 } }
@@ -50,7 +50,7 @@ fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
     let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
     let data =
         PlannedData { samples: 2400, tokens: 2_400_000, answer_tokens: 240_000, longest_tokens: 1500, estimated: true };
-    let facts = Facts {
+    let inputs = PlanInputs {
         device: "cuda:0".to_string(),
         on_gpu: true,
         cores: 16,
@@ -67,7 +67,7 @@ fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
         cache_bytes: 32_000_000_000,
         streamed: None,
     };
-    RunPlan::resolve(&facts).unwrap()
+    RunPlan::resolve(&inputs)
 }
 
 #[test]
@@ -100,6 +100,16 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
     let state = full.bytes.iter().find(|item| item.what == "optimiser state").unwrap();
     assert_eq!(state.bytes, 8 * full.trained_parameters);
     assert!(full.memory_bytes > 20 * full.trained_parameters);
+}
+
+#[test]
+fn adapters_on_all_layers_are_listed_for_all_of_them() {
+    let rank = |layers| Settings::default().with(|s| (s.lora.rank, s.lora.layers) = (16, layers));
+    let own = plan(&rank(LoraLayers::Trained), &eight_billion(true), None);
+    let all = plan(&rank(LoraLayers::All), &eight_billion(true), None);
+    assert_eq!(own.trained, [0, 3, 6, 9, 12, 15, 18, 21, 24]);
+    assert_eq!(all.trained, (0..27).collect::<Vec<u64>>());
+    assert!(all.line().contains("in 27 of 27 layers run"), "{}", all.line());
 }
 
 #[test]

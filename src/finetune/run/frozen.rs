@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
 use crate::finetune::cut::{Cut, SideInputs, row_inputs};
-use crate::finetune::data::{Course, Frozen, Slot, Store, Streamed, StreamedParts, TrainingSet};
+use crate::finetune::data::{Frozen, LazySession, RowStore, Streamed, StreamedParts, TeacherTargets, TrainingSet};
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
@@ -45,8 +45,8 @@ impl<'a> FrozenLayers<'a> {
     }
 
     /// The value of the dense model that equals the frozen layers' output; `None` when there is none.
-    fn in_dense(&self, course: &Course<'_>) -> Result<Option<Frozen>> {
-        course.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
+    fn in_dense(&self, targets: &TeacherTargets<'_>) -> Result<Option<Frozen>> {
+        targets.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
     }
 
     /// Computes the frozen layers' output for all samples and writes it to disk. The dense model computes it together
@@ -54,19 +54,24 @@ impl<'a> FrozenLayers<'a> {
     /// layers are run.
     ///
     /// Errors: those of the samples and of the run; `Error::Interrupted`.
-    pub fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
+    pub fn fill(
+        &self,
+        store: &RowStore,
+        targets: Option<&TeacherTargets<'_>>,
+        cancel: &Cancel,
+    ) -> Result<(TrainingSet, LeftOut)> {
         let data = self.request.data;
-        if let Some(course) = course.filter(|course| !course.files_exist())
-            && let Some(frozen) = self.in_dense(course)?
+        if let Some(targets) = targets.filter(|targets| !targets.files_exist())
+            && let Some(frozen) = self.in_dense(targets)?
         {
-            let mut running = course.running(Some(frozen));
+            let mut running = targets.running(Some(frozen));
             let frozen = Some((frozen, store));
-            if let Some(filled) = course.fill(data, course.files(), frozen, &mut running, "dense model", cancel)? {
+            if let Some(filled) = targets.fill(data, targets.files(), frozen, &mut running, "dense model", cancel)? {
                 return Ok(filled);
             }
         }
         let max_tokens = self.request.settings.data.max_tokens as usize;
-        let mut prefix = Slot::new(|| self.session());
+        let mut prefix = LazySession::new(|| self.session());
         store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
     }
 
@@ -77,20 +82,20 @@ impl<'a> FrozenLayers<'a> {
     pub fn streamed<'s>(
         &'s self,
         side: SideInputs,
-        course: Option<&'s Course<'s>>,
+        targets: Option<&'s TeacherTargets<'s>>,
         (work, width): (&Path, u64),
         cancel: &'s Cancel,
     ) -> Result<Streamed<'s>> {
-        let course = course.filter(|course| !course.files().is_empty());
-        let frozen = course.map(|course| self.in_dense(course)).transpose()?.flatten();
-        let points = course.map_or(0, |course| course.student_points().len() as u64);
+        let targets = targets.filter(|targets| !targets.files().is_empty());
+        let frozen = targets.map(|targets| self.in_dense(targets)).transpose()?.flatten();
+        let points = targets.map_or(0, |targets| targets.student_points().len() as u64);
         let bytes_per_token = width * (4 + 2 * points) + 4 * side.widths.total() as u64;
         Ok(Streamed::new(StreamedParts {
             source: self.request.data,
             side,
-            prefix: Slot::new(|| self.session()),
+            prefix: LazySession::new(|| self.session()),
             embeds_only: self.embeds_only,
-            course,
+            targets,
             frozen,
             max_tokens: self.request.settings.data.max_tokens as usize,
             work: work.to_path_buf(),

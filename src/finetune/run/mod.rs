@@ -12,9 +12,11 @@ use tch::Device as TorchDevice;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
-use crate::finetune::checkpoint::begun;
+use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
-use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
+use crate::finetune::data::{
+    Dense, Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
+};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
 use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
@@ -27,14 +29,18 @@ use frozen::FrozenLayers;
 use planning::{Opened, Parts, estimated, resolve};
 
 pub use planning::plan_run;
-pub use request::{Outcome, Report, Request};
+pub use request::{FinetunedModel, Report, Request};
 
 /// Finetunes layers and returns the decoder with the new weights. The bundle is not modified.
 ///
 /// Errors: `Error::Invalid` and `Error::Unsupported` for unsuitable settings, layers, graphs and data;
 /// `Error::Interrupted` when the user asked to stop, during the steps after writing a checkpoint; `Error::NotFinite`
 /// when a loss, a gradient or a sum of the fit is not finite; `Error::Engine` from LibTorch and ONNX Runtime.
-pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
+pub fn finetune(
+    request: &Request<'_>,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<FinetunedModel> {
     finetune_with_teacher(request, None, cancel, observer)
 }
 
@@ -46,7 +52,7 @@ pub fn finetune_with_teacher(
     teacher: Option<&Teacher<'_>>,
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
-) -> Result<Outcome> {
+) -> Result<FinetunedModel> {
     let settings = request.settings;
     settings.check()?;
     let losses = settings.losses();
@@ -89,9 +95,9 @@ pub fn finetune_with_teacher(
     ]);
     let key =
         sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
-    let store = Store::new(&own, &key, side.clone());
-    let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
-        let lesson = Lesson {
+    let store = RowStore::new(&own, &key, side.clone());
+    let teacher_targets = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
+        let teacher_request = TeacherRequest {
             teacher,
             trained: request.layers,
             first: cut.first,
@@ -102,9 +108,9 @@ pub fn finetune_with_teacher(
             work: &own,
             features: request.features,
         };
-        lesson.prepare(dense, digest)
+        teacher_request.prepare(dense, digest)
     });
-    let course = course.transpose()?;
+    let teacher_targets = teacher_targets.transpose()?;
     let kept = store.open()?;
     let streams = match kept {
         Some(_) => false,
@@ -121,7 +127,7 @@ pub fn finetune_with_teacher(
             let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
             (TrainingSet::of_windows(examples), left_out)
         }
-        None => prefix.fill(&store, course.as_ref(), cancel)?,
+        None => prefix.fill(&store, teacher_targets.as_ref(), cancel)?,
     };
 
     let mut plan = planned(
@@ -144,15 +150,17 @@ pub fn finetune_with_teacher(
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
     let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
     let mut student = compile()?;
-    if let (Some(teacher), Some(course)) = (teacher, &course) {
-        inputs.insert("teacher".to_string(), course.digest.clone());
+    if let (Some(teacher), Some(teacher_targets)) = (teacher, &teacher_targets) {
+        inputs.insert("teacher".to_string(), teacher_targets.digest.clone());
         if !streams {
-            if !course.files_exist() {
-                course.fill(request.data, course.files(), None, &mut course.running(None), "dense model", cancel)?;
+            let files = teacher_targets.files();
+            if !teacher_targets.files_exist() {
+                let mut running = teacher_targets.running(None);
+                teacher_targets.fill(request.data, files, None, &mut running, "dense model", cancel)?;
             }
-            dataset.targets = course.open(course.files(), &dataset.examples, dataset.hidden_size())?;
+            dataset.targets = teacher_targets.open(files, &dataset.examples, dataset.hidden_size())?;
         }
-        student.points = course.student_points();
+        student.points = teacher_targets.student_points();
         let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
     }
@@ -168,11 +176,11 @@ pub fn finetune_with_teacher(
     let asked_settings = settings;
     let settings = &asked_settings.clone().with(|s| s.batch.gradient_checkpointing = Some(plan.gradient_checkpointing));
     let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
-    let live = course.as_ref().map(|course| Live { course, numbers, cancel });
+    let live = teacher_targets.as_ref().map(|targets| Live { targets, numbers, cancel });
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
     let streamed = match streams {
-        true => Some(prefix.streamed(side, course.as_ref(), (&own, sizes.hidden_size), cancel)?),
+        true => Some(prefix.streamed(side, teacher_targets.as_ref(), (&own, sizes.hidden_size), cancel)?),
         false => None,
     };
     let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
@@ -191,7 +199,7 @@ pub fn finetune_with_teacher(
         resume,
         cancel,
     };
-    let resumed = if request.resume { begun(request.work)? } else { None };
+    let resumed = if request.resume { newest_totals(request.work)? } else { None };
     let done = match resumed {
         Some(totals) => totals,
         None => begin(&run, &targets, &mut students, &mut dataset)?,
@@ -208,22 +216,23 @@ pub fn finetune_with_teacher(
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
-    let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
-    Ok(Outcome { decoder, report })
+    let layers = settings.trained_layers(request.layers, cut.analysis.map.layers.len());
+    let report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
+    Ok(FinetunedModel { decoder, report })
 }
 
 /// Streams of the dense model for fits, indexed by position in the training set.
 struct Live<'a> {
-    course: &'a Course<'a>,
+    targets: &'a TeacherTargets<'a>,
     /// Number of each sample in its source.
     numbers: Vec<u64>,
     cancel: &'a Cancel,
 }
 
 impl DenseStream for Live<'_> {
-    fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
+    fn rows_behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
         let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
-        let mut found = self.course.behind(layers, &numbers, self.cancel)?;
+        let mut found = self.targets.rows_behind(layers, &numbers, self.cancel)?;
         let by_place = found.iter_mut().map(|rows| {
             let own = samples.iter().zip(&numbers);
             own.filter_map(|(&sample, number)| Some((sample, rows.remove(number)?))).collect()
@@ -256,6 +265,7 @@ fn torch_device(device: Device) -> Result<TorchDevice> {
 
 fn report(
     request: &Request<'_>,
+    trained: Vec<usize>,
     learning_rate: f64,
     inputs: BTreeMap<String, Sha256Digest>,
     dataset: &TrainingSet,
@@ -267,7 +277,7 @@ fn report(
     let (tokens, answer_tokens) = (totals.tokens / layers, totals.answer_tokens / layers);
     Ok(Report {
         provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
-        layers: request.layers.to_vec(),
+        layers: trained,
         trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
         sample_ids: dataset.examples.iter().map(|example| example.id.clone()).collect(),

@@ -5,7 +5,7 @@ use crate::bundle::{Bundle, Role};
 use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
-use crate::finetune::plan::{Facts, PlannedData, Point, RunPlan, Sizes};
+use crate::finetune::plan::{PlanInputs, PlannedData, Point, RunPlan, Sizes};
 use crate::finetune::settings::LoraLayers;
 use crate::ir::Model;
 use crate::runtime::headed;
@@ -79,10 +79,10 @@ pub struct Parts<'a> {
 
 /// Makes the plan. `streamed` is `Some` when it is already decided whether rows are computed on demand.
 ///
-/// Errors: `Error::Io` when the free disk space cannot be read; those of [`RunPlan::resolve`].
+/// Errors: `Error::Io` when the free disk space cannot be read.
 pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
     let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
-    RunPlan::resolve(&Facts {
+    Ok(RunPlan::resolve(&PlanInputs {
         device: request.device.to_string(),
         on_gpu: request.device != Device::Cpu,
         cores: thread_count() as u64,
@@ -98,7 +98,7 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         limits: request.limits,
         cache_bytes,
         streamed,
-    })
+    }))
 }
 
 /// Errors: `Error::Unsupported` for layers over several copies of the residual stream, as the configuration says (AltUp).

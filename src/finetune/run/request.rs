@@ -53,7 +53,7 @@ impl Request<'_> {
 }
 
 /// Result of a run.
-pub struct Outcome {
+pub struct FinetunedModel {
     /// The decoder with its trained weights; all other initializers are unchanged.
     pub decoder: Model,
     /// Figures of the run.

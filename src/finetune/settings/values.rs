@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result};
 
 use super::learning_rate::LearningRate;
-use crate::finetune::loss::{LossKind, Teacher};
+use crate::finetune::loss::{LossKind, TeacherOutput};
 use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 
 /// Number format of the forward and backward passes. Trained weights and the optimiser's state are always f32.
@@ -419,17 +419,17 @@ impl Settings {
     /// True when no loss term reads answers. The layers are then trained one after the other.
     pub fn layer_by_layer(&self) -> bool {
         let losses = self.losses();
-        !losses.is_empty() && losses.keys().all(|kind| kind.row().teacher == Teacher::Stream)
+        !losses.is_empty() && losses.keys().all(|kind| kind.row().teacher == TeacherOutput::Stream)
     }
 
     /// True when a loss term reads this output of the dense model.
-    pub(crate) fn reads(&self, output: Teacher) -> bool {
+    pub(crate) fn reads(&self, output: TeacherOutput) -> bool {
         self.losses().iter().any(|(kind, weight)| *weight > 0.0 && kind.row().teacher == output)
     }
 
     /// True when logits at answer positions are needed, for a loss term or to compare learning rates.
     pub fn looks_at_answers(&self) -> bool {
-        let asked = self.losses().keys().any(|kind| kind.row().teacher != Teacher::Stream);
+        let asked = self.losses().keys().any(|kind| kind.row().teacher != TeacherOutput::Stream);
         asked || self.optimizer.learning_rate.is_searched()
     }
 
@@ -470,6 +470,14 @@ impl Settings {
     pub fn lora(&self) -> Option<Lora> {
         let LoraSettings { rank, alpha, .. } = self.lora;
         (rank > 0 && self.trains()).then_some(Lora { rank, alpha, seed: self.seed })
+    }
+
+    /// The layers that get new weights, of `count` layers: all of them with adapters on all layers, else those asked for.
+    pub fn trained_layers(&self, asked: &[usize], count: usize) -> Vec<usize> {
+        match self.lora() {
+            Some(_) if self.lora.layers == LoraLayers::All => (0..count).collect(),
+            _ => asked.to_vec(),
+        }
     }
 
     /// Samples per optimiser step.

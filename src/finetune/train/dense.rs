@@ -10,5 +10,5 @@ pub trait DenseStream: Sync {
     /// layer, from each of `samples` to its rows `[tokens, hidden]` in bf16, little-endian.
     ///
     /// Errors: those of a run of the dense model.
-    fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>>;
+    fn rows_behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>>;
 }

@@ -32,7 +32,7 @@ use crate::finetune::student::Student;
 
 use super::context::Run;
 use super::dense::DenseStream;
-use super::normal::{Normal, Rows, Solved};
+use super::normal::{Normal, PassRows, Solved};
 use super::workers;
 
 /// Candidate ridges.
@@ -143,7 +143,7 @@ struct Targets<'a> {
 
 impl Targets<'_> {
     /// Loads the stream behind `layers[0]`, and behind as many of the next layers as [`TARGET_BYTES`] allow.
-    fn reach(&mut self, layers: &[usize]) -> Result<()> {
+    fn load(&mut self, layers: &[usize]) -> Result<()> {
         let Some(&first) = layers.first() else { return Ok(()) };
         self.held.retain(|layer, _| *layer >= first);
         if self.dataset.has_target(first) || self.held.contains_key(&first) || self.samples.is_empty() {
@@ -153,7 +153,7 @@ impl Targets<'_> {
         let each = 2 * self.tokens * self.dataset.hidden_size() as u64;
         let room = (TARGET_BYTES / each.max(1)).max(1) as usize;
         let wanted: Vec<usize> = layers.iter().copied().take(room).collect();
-        let found = source.behind(&wanted, self.samples)?;
+        let found = source.rows_behind(&wanted, self.samples)?;
         self.held.extend(wanted.into_iter().zip(found));
         Ok(())
     }
@@ -191,7 +191,7 @@ fn fit_each(
     let mut reached = dataset.begins_before();
     for (number, target) in targets.iter().enumerate() {
         let coming = targets[number..].iter().filter(|target| target.products.is_ok());
-        streams.reach(&coming.map(|target| target.layer).collect::<Vec<_>>())?;
+        streams.load(&coming.map(|target| target.layer).collect::<Vec<_>>())?;
         let mut result = LayerFit {
             layer: first + target.layer,
             weights: Vec::new(),
@@ -324,7 +324,7 @@ fn rows(
     from: usize,
     (layer, product): (usize, &Projection),
     device: Device,
-) -> Result<Rows> {
+) -> Result<PassRows> {
     let _guard = tch::no_grad_guard();
     // Only the target behind this layer is read; from disk unless it is in memory.
     let own = targets.of(layer, &pass.samples)?;
@@ -340,7 +340,7 @@ fn rows(
     let target = own.as_ref().or_else(|| batch.streams.get(&(layer + 1)));
     let target = target.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
     let places = (batch.step.batch() * batch.step.time()) as i64;
-    let compute = || -> Result<Rows, tch::TchError> {
+    let compute = || -> Result<PassRows, tch::TchError> {
         let rows = |x: &Tensor| -> Result<Tensor, tch::TchError> {
             x.f_reshape([places, -1])?.f_index_select(0, &batch.real_rows)?.f_to_kind(Kind::Float)
         };
@@ -348,7 +348,7 @@ fn rows(
         let length = target.f_square()?.f_sum_dim_intlist(-1, true, Kind::Float)?.f_clamp_min(1e-12)?;
         let scale = length.f_rsqrt()?;
         let rest = target.f_sub(&rows(&output)?)?.f_mul(&scale)?;
-        Ok(Rows { operand: rows(&operand)?.f_mul(&scale)?, rest })
+        Ok(PassRows { operand: rows(&operand)?.f_mul(&scale)?, rest })
     };
     compute().map_err(torch_error("the fit"))
 }
@@ -389,7 +389,7 @@ mod tests {
             let h = Tensor::randn([rows, 16], (Kind::Float, Device::Cpu));
             let rest = h.matmul(&weight) + noise * Tensor::randn([rows, 2], (Kind::Float, Device::Cpu));
             let mut sums = Normal::new(16, 2, Device::Cpu).unwrap();
-            sums.add(&[Rows { operand: h, rest }]).unwrap();
+            sums.add(&[PassRows { operand: h, rest }]).unwrap();
             sums
         };
         let none = || Normal::new(16, 2, Device::Cpu).unwrap();

@@ -6,11 +6,11 @@ use tch::{Kind, Tensor};
 
 use crate::base::{Error, Result};
 
-use crate::finetune::data::Batch;
+use crate::finetune::data::TrainingBatch;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, LossRow};
 use crate::finetune::settings::Settings;
-use crate::finetune::student::{Side, Student};
+use crate::finetune::student::{SideTensors, Student};
 
 /// Token counts of a whole optimiser step. Sums are divided by them, so gradient accumulation gives the mean over the
 /// step.
@@ -42,7 +42,7 @@ pub type TermSums = BTreeMap<LossKind, Tensor>;
 /// Errors: `Error::Invalid` when an operator refuses its tensors, or when the loss does not depend on a trained weight.
 pub fn pass(
     student: &Student,
-    batch: &Batch,
+    batch: &TrainingBatch,
     settings: &Settings,
     counts: Counts,
     gradients: &mut Vec<Tensor>,
@@ -58,10 +58,10 @@ pub fn pass(
 
 struct Step<'a> {
     student: &'a Student,
-    batch: &'a Batch,
+    batch: &'a TrainingBatch,
     settings: &'a Settings,
     counts: Counts,
-    side: Side,
+    side: SideTensors,
 }
 
 impl Step<'_> {
@@ -73,10 +73,17 @@ impl Step<'_> {
     fn plain(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
         let local = !self.wants_head();
         let layers = match self.student.only {
-            Some(layer) => self.student.stretch(layer),
+            Some(layer) => self.student.layers_to_run(layer),
             None if local => 0..self.points().iter().copied().max().unwrap_or(0),
             None => 0..self.student.layers(),
         };
+        // The last layer is run with the head, unless a term compares the stream after it.
+        let end = self.student.layers();
+        let joined = end > 0
+            && !local
+            && layers == (0..end)
+            && !self.active_terms().any(|row| self.student.compares(row.kind, end));
+        let layers = if joined { 0..end - 1 } else { layers };
         let mut terms = Terms::default();
         let mut stream = self.student.entering(&self.batch.hidden)?;
         for layer in layers {
@@ -86,8 +93,10 @@ impl Step<'_> {
             stream = self.student.layer(layer, &stream, &self.side)?;
             self.stream_terms(layer + 1, &stream, &mut terms)?;
         }
-        if !local {
-            self.head_terms(&stream, &mut terms)?;
+        if joined {
+            self.head_terms(&self.student.last_layer_and_head(&stream, self.batch, &self.side)?, &mut terms)?;
+        } else if !local {
+            self.head_terms(&self.student.head(&stream, self.batch, &self.side)?, &mut terms)?;
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
         let parameters: Vec<&Tensor> = self.student.weights_now().map(|weight| &weight.tensor).collect();
@@ -117,7 +126,7 @@ impl Step<'_> {
         if self.wants_head() {
             let top = leaf(&streams[self.student.layers()])?;
             let mut head = Terms::default();
-            self.head_terms(&top, &mut head)?;
+            self.head_terms(&self.student.head(&top, self.batch, &self.side)?, &mut head)?;
             if let Some(loss) = self.total(&head)? {
                 upstream = gradients(&loss, &[&top])?.pop();
             }
@@ -160,11 +169,11 @@ impl Step<'_> {
 
     /// True when a term reads answers, so that all layers and the head must be run.
     fn wants_head(&self) -> bool {
-        self.asked().any(|row| row.kind.looks_at_answers())
+        self.active_terms().any(|row| row.kind.looks_at_answers())
     }
 
     /// Terms with a weight above 0.
-    fn asked(&self) -> impl Iterator<Item = &'static LossRow> {
+    fn active_terms(&self) -> impl Iterator<Item = &'static LossRow> {
         LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0)
     }
 
@@ -172,12 +181,11 @@ impl Step<'_> {
         &self.student.points
     }
 
-    /// Adds the terms at the answer positions.
-    fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
-        let logits = self.student.head(stream, self.batch, &self.side)?;
+    /// Adds the terms that compare the logits `[N, V]` at the answer positions.
+    fn head_terms(&self, logits: &Tensor, terms: &mut Terms) -> Result<()> {
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
-        let answers = Answers { logits: &logits, targets, top_k, temperature: self.settings.kd.temperature };
-        for row in self.asked() {
+        let answers = Answers { logits, targets, top_k, temperature: self.settings.kd.temperature };
+        for row in self.active_terms() {
             if let Compute::Answers(compute) = row.compute {
                 terms.add(row.kind, self.mean(row.kind, &compute(&answers)?, 1)?)?;
             }
@@ -188,7 +196,7 @@ impl Step<'_> {
     /// Adds the terms at the point `at` of the residual stream, if a term compares it.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let mut own = None;
-        for row in self.asked().filter(|row| self.student.compares(row.kind, at)) {
+        for row in self.active_terms().filter(|row| self.student.compares(row.kind, at)) {
             let Compute::Stream(_, compute) = row.compute else { continue };
             let target = self.batch.streams.get(&at);
             let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
@@ -209,7 +217,7 @@ impl Step<'_> {
 
     fn points_compared(&self, kind: LossKind) -> usize {
         let now = |point: usize| match self.student.only {
-            Some(layer) => self.student.stretch(layer).contains(&(point - 1)),
+            Some(layer) => self.student.layers_to_run(layer).contains(&(point - 1)),
             None => true,
         };
         self.points().iter().filter(|&&point| self.student.compares(kind, point) && now(point)).count()

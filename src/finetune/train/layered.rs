@@ -15,11 +15,11 @@ use super::context::Run;
 use super::fit::fit;
 use super::trainer::{Summary, Trainer, all_weights, interrupted};
 use super::workers;
-use crate::finetune::checkpoint::{Checkpoints, State, check_same_run, restore_some};
+use crate::finetune::checkpoint::{CheckpointState, Checkpoints, check_same_run, restore_some};
 use crate::finetune::cut::FitTarget;
-use crate::finetune::data::{Element, RowsWriter, Stream, TrainingSet};
+use crate::finetune::data::{RowDtype, RowsWriter, Stream, TrainingSet};
 use crate::finetune::error::torch_error;
-use crate::finetune::plan::Part;
+use crate::finetune::plan::StepRange;
 use crate::finetune::record::{StepMetrics, Totals};
 use crate::finetune::student::Student;
 
@@ -27,20 +27,20 @@ use crate::finetune::student::Student;
 const TOKENS_PER_ROUND: usize = 4096;
 
 /// Trains the layers of `targets`, which are ascending. Afterwards `dataset` begins at the same layer as before. A run
-/// that resumes continues from the newest checkpoint if there is one; otherwise it starts with the totals `begun`.
+/// that resumes continues from the newest checkpoint if there is one; otherwise it starts with the totals `start_totals`.
 ///
 /// Errors: those of the fit and of the trainer; `Error::Interrupted` when the user asked to stop, after writing a
 /// checkpoint.
-pub fn heal(
+pub fn train_layers(
     run: Run<'_>,
     targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    begun: Totals,
+    start_totals: Totals,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
     let mut first = None;
-    let outcome = heal_each(run, targets, students, dataset, begun, observer, &mut first);
+    let outcome = train_each_layer(run, targets, students, dataset, start_totals, observer, &mut first);
     // Also after an error: a search continues with the next rate when this one diverges.
     students.iter_mut().for_each(|student| student.only = None);
     if let Some(first) = first {
@@ -49,18 +49,19 @@ pub fn heal(
     outcome
 }
 
-/// [`heal`] without the restoration. Stores the stream that `dataset` began with in `first`.
-fn heal_each(
+/// [`train_layers`] without the restoration. Stores the stream that `dataset` began with in `first`.
+fn train_each_layer(
     run: Run<'_>,
     targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    begun: Totals,
+    start_totals: Totals,
     observer: &mut dyn FnMut(&StepMetrics),
     first: &mut Option<Stream>,
 ) -> Result<Summary> {
-    let parts = Part::each(run.settings, dataset.examples.len(), targets.len());
-    let mut progress = Progressed { run, step: 0, total: parts.last().map_or(0, Part::end), totals: begun };
+    let ranges = StepRange::each(run.settings, dataset.examples.len(), targets.len());
+    let mut progress =
+        Progressed { run, step: 0, total: ranges.last().map_or(0, StepRange::end), totals: start_totals };
     let checkpoints = run.checkpoints()?;
     let mut resumed_from = 0;
     match checkpoints.latest()?.filter(|_| run.resume) {
@@ -73,23 +74,23 @@ fn heal_each(
         None => checkpoints.clear()?,
     }
     let mut trained_parameters = 0;
-    for (target, part) in targets.iter().zip(parts) {
+    for (target, range) in targets.iter().zip(ranges) {
         let before = advance(students, dataset, target.layer, &run)
             .map_err(|error| progress.stopped(&checkpoints, students, error))?;
         if first.is_none() {
             *first = before;
         }
-        let layers = students.first().map(|student| student.stretch(target.layer));
+        let layers = students.first().map(|student| student.layers_to_run(target.layer));
         dataset.want(layers);
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
         progress.fit(&target.last(), students, dataset, &checkpoints)?;
-        let mut trainer = Trainer::new(run, part, students, dataset)?;
+        let mut trainer = Trainer::new(run, range, students, dataset)?;
         trained_parameters += trainer.trained_parameters();
-        if progress.step < part.end() {
+        if progress.step < range.end() {
             let summary = trainer.run(progress.totals.clone(), observer)?;
-            (progress.step, progress.totals) = (part.end(), summary.totals);
+            (progress.step, progress.totals) = (range.end(), summary.totals);
             let every = run.settings.schedule.checkpoint_every;
-            if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
+            if every > 0 && range.end() < range.total && range.end() / every > range.before / every {
                 progress.save(&checkpoints, students)?;
             }
         }
@@ -140,7 +141,7 @@ impl Progressed<'_> {
     }
 
     fn save(&self, checkpoints: &Checkpoints, students: &[Student]) -> Result<String> {
-        let state = State::new(self.step, self.total, self.run.inputs.clone(), self.totals.clone());
+        let state = CheckpointState::new(self.step, self.total, self.run.inputs.clone(), self.totals.clone());
         let weights = students.first().map(all_weights).unwrap_or_default();
         Ok(checkpoints.save(&state, weights)?.display().to_string())
     }
@@ -156,8 +157,8 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
         return Ok(None);
     }
     dataset.want(Some(0..0));
-    let path = run.work.join(format!("stream-{to}.{}", Element::F32.extension()));
-    let mut writer = RowsWriter::create(&path, Element::F32)?;
+    let path = run.work.join(format!("stream-{to}.{}", RowDtype::F32.extension()));
+    let mut writer = RowsWriter::create(&path, RowDtype::F32)?;
     let progress =
         Progress::new(&format!("stream to layer {}", run.first + to), "samples", dataset.lengths().len() as u64);
     let mut round = Vec::new();
@@ -190,7 +191,7 @@ fn streams(
     run: &Run<'_>,
 ) -> Result<Vec<Vec<f32>>> {
     let device = run.device;
-    let mut shares = workers::deal(dataset, samples.to_vec(), students.len(), run.batch_tokens);
+    let mut shares = workers::passes_by_worker(dataset, samples.to_vec(), students.len(), run.batch_tokens);
     let parts = workers::side_by_side(students, &mut shares, run, |student, passes| {
         let _guard = tch::no_grad_guard();
         let mut found: Vec<(usize, Vec<f32>)> = Vec::new();

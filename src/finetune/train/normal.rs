@@ -16,7 +16,7 @@ use crate::finetune::plan::sum_bytes;
 const TILE: i64 = 512;
 
 /// Contribution of one forward pass to the sums.
-pub struct Rows {
+pub struct PassRows {
     /// Operand of the product, times each token's weight: f32 `[M, K]`.
     pub operand: Tensor,
     /// Residual of the layer's output, times the same weight: f32 `[M, D]`.
@@ -24,7 +24,7 @@ pub struct Rows {
 }
 
 /// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and the number of tokens. `h` is the operand and `e` the
-/// residual of [`Rows`]. [`sum_bytes`] selects f64 or f32 for the matrices.
+/// residual of [`PassRows`]. [`sum_bytes`] selects f64 or f32 for the matrices.
 pub struct Normal {
     /// `[K, K]`.
     pub a: Tensor,
@@ -62,9 +62,9 @@ impl Normal {
     /// Adds the rows of several passes, in their order.
     ///
     /// Errors: `Error::Engine` from LibTorch.
-    pub fn add(&mut self, passes: &[Rows]) -> Result<()> {
+    pub fn add(&mut self, passes: &[PassRows]) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        for Rows { rest, .. } in passes {
+        for PassRows { rest, .. } in passes {
             let sum = rest.f_square().and_then(|squares| squares.f_sum(Kind::Double)?.f_double_value(&[]));
             self.distance += sum.map_err(failed())?;
             self.tokens += rest.size()[0] as f64;
@@ -226,7 +226,7 @@ mod tests {
 
     fn sums(h: &Tensor, rest: &Tensor) -> Normal {
         let mut normal = Normal::new(h.size()[1], rest.size()[1], Device::Cpu).unwrap();
-        normal.add(&[Rows { operand: h.shallow_clone(), rest: rest.shallow_clone() }]).unwrap();
+        normal.add(&[PassRows { operand: h.shallow_clone(), rest: rest.shallow_clone() }]).unwrap();
         normal
     }
 

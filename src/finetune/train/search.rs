@@ -16,7 +16,7 @@ use tch::Tensor;
 use crate::base::{Error, Result, Sha256Digest, notice, read_json, sha256_json, write_json};
 
 use super::context::Run;
-use super::layered::heal;
+use super::layered::train_layers;
 use super::trainer::{Summary, Trainer};
 use super::workers;
 use crate::finetune::checkpoint::clear_work;
@@ -24,7 +24,7 @@ use crate::finetune::cut::FitTarget;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::LossKind;
-use crate::finetune::plan::{Part, Step, TrialPlan, order};
+use crate::finetune::plan::{StepRange, StepSamples, TrialPlan, order};
 use crate::finetune::record::{METRICS_FILE, RateTrial, StepMetrics, Totals, best, read_metrics};
 use crate::finetune::settings::{LearningRate, Settings, Stage};
 use crate::finetune::student::Student;
@@ -197,7 +197,7 @@ fn trial(
 
 /// The last steps of the first epoch, which short trials do not reach. An epoch of one step has no samples to hold out;
 /// then the trial's own samples are used.
-fn held_out(settings: &Settings, dataset: &TrainingSet, plan: TrialPlan) -> Vec<Step> {
+fn held_out(settings: &Settings, dataset: &TrainingSet, plan: TrialPlan) -> Vec<StepSamples> {
     let mut steps = order::epoch(settings, &dataset.lengths(), 0);
     let first = steps.len() - (plan.held_out_steps.max(1) as usize).min(steps.len());
     steps.split_off(first)
@@ -211,14 +211,14 @@ pub fn train(
     targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    begun: Totals,
+    start_totals: Totals,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
     if run.settings.layer_by_layer() {
-        return heal(run, targets, students, dataset, begun, observer);
+        return train_layers(run, targets, students, dataset, start_totals, observer);
     }
-    let part = Part::whole(run.settings, dataset.examples.len());
-    Trainer::new(run, part, students, dataset)?.run(begun, observer)
+    let range = StepRange::whole(run.settings, dataset.examples.len());
+    Trainer::new(run, range, students, dataset)?.run(start_totals, observer)
 }
 
 /// Mean cross-entropy, in nats, of the answer tokens in these steps.
@@ -226,7 +226,7 @@ fn answers(
     settings: &Settings,
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    steps: &[Step],
+    steps: &[StepSamples],
     run: &Run<'_>,
 ) -> Result<f64> {
     let settings = settings.clone().with(|settings| settings.stages = Stage::only([(LossKind::Ce, 1.0)]));

@@ -8,11 +8,11 @@ use crate::base::{Error, Progress, Result, list_preview, peak_memory_bytes};
 use crate::torch;
 
 use super::context::Run;
-use super::workers::{self, Sums};
-use crate::finetune::checkpoint::{self, Checkpoints, State};
+use super::workers::{self, StepSums};
+use crate::finetune::checkpoint::{self, CheckpointState, Checkpoints};
 use crate::finetune::data::TrainingSet;
-use crate::finetune::optim::{Average, Optimizer, Parameter, clip_gradients, warmup_steps};
-use crate::finetune::plan::{Part, Step, order};
+use crate::finetune::optim::{Average, OptimizedParameter, Optimizer, clip_gradients, warmup_steps};
+use crate::finetune::plan::{StepRange, StepSamples, order};
 use crate::finetune::record::{EventWriter, METRICS_FILE, MetricsWriter, StepMetrics, Totals};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
@@ -23,11 +23,11 @@ const EVENT_FOLDER: &str = "events";
 /// Trainer of a run, or of one part of a run.
 pub struct Trainer<'a> {
     run: Run<'a>,
-    part: Part,
+    range: StepRange,
     /// The network, once per worker; all share the weights of the first.
     students: &'a mut [Student],
     /// The trained weights, shared with the first network.
-    parameters: Vec<Parameter>,
+    parameters: Vec<OptimizedParameter>,
     average: Option<Average>,
     dataset: &'a mut TrainingSet,
 }
@@ -47,42 +47,47 @@ impl<'a> Trainer<'a> {
     /// Makes a trainer. `students` are copies of one network, at least one, that share the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
-    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a mut TrainingSet) -> Result<Self> {
+    pub fn new(
+        run: Run<'a>,
+        range: StepRange,
+        students: &'a mut [Student],
+        dataset: &'a mut TrainingSet,
+    ) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
         let parameters = weights.iter().map(|weight| {
-            Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer.kind)
+            OptimizedParameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer.kind)
         });
         let parameters = parameters.collect::<Result<_>>()?;
-        let average = Average::new(&weights, run.settings.optimizer.average_last, part.steps)?;
-        Ok(Trainer { run, part, students, parameters, average, dataset })
+        let average = Average::new(&weights, run.settings.optimizer.average_last, range.steps)?;
+        Ok(Trainer { run, range, students, parameters, average, dataset })
     }
 
     /// Trains to the last step of the part. A run that resumes continues from the newest checkpoint if it belongs to
-    /// this part; otherwise it starts with the totals `begun`. `observer` receives the metrics of every step.
+    /// this part; otherwise it starts with the totals `start_totals`. `observer` receives the metrics of every step.
     ///
     /// Errors: `Error::Interrupted` when the user asked to stop, after writing a checkpoint; `Error::NotFinite` with
     /// step, samples and weight when a loss, a gradient or a weight at the end is not finite.
-    pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
+    pub fn run(&mut self, start_totals: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
         let Run { settings, work, .. } = self.run;
-        let Part { before, steps: total, .. } = self.part;
+        let StepRange { before, steps: total, .. } = self.range;
         let lengths = self.dataset.lengths();
         let per_epoch = order::steps_per_epoch(settings, lengths.len());
         let warmup = warmup_steps(settings.schedule.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = Optimizer::new(settings.constants());
         let checkpoints = self.run.checkpoints()?;
-        let (first, mut totals) = self.start(&checkpoints, begun)?;
+        let (first, mut totals) = self.start(&checkpoints, start_totals)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
         let mut events = EventWriter::create(&work.join(EVENT_FOLDER))?;
         let only = self.students.first().and_then(|student| student.only);
         let task = only.map_or("finetune".to_string(), |layer| format!("finetune layer {}", self.run.first + layer));
         let progress = Progress::new(&task, "steps", total);
         progress.set_position(first);
-        let mut steps_of: Option<(u64, Vec<Step>)> = None;
+        let mut steps_of: Option<(u64, Vec<StepSamples>)> = None;
         for done in first..total {
             if self.run.stops()? {
-                return Err(interrupted(&self.save(&checkpoints, done, &totals)?, before + done, self.part.total));
+                return Err(interrupted(&self.save(&checkpoints, done, &totals)?, before + done, self.range.total));
             }
             let (epoch, position) = (done / per_epoch, (done % per_epoch) as usize);
             if steps_of.as_ref().is_none_or(|(of, _)| *of != epoch) {
@@ -136,12 +141,12 @@ impl<'a> Trainer<'a> {
 
     /// Loads the checkpoint if there is one to resume from. Returns the number of finished steps of the part, and the
     /// totals.
-    fn start(&mut self, checkpoints: &Checkpoints, begun: Totals) -> Result<(u64, Totals)> {
-        let Part { before, .. } = self.part;
+    fn start(&mut self, checkpoints: &Checkpoints, start_totals: Totals) -> Result<(u64, Totals)> {
+        let StepRange { before, .. } = self.range;
         let alone = self.alone();
         if self.run.resume
             && let Some((state, folder)) = checkpoints.latest()?
-            && (alone || (before + 1..self.part.end()).contains(&state.step))
+            && (alone || (before + 1..self.range.end()).contains(&state.step))
         {
             checkpoint::check_same_run(&state, &folder, self.run.inputs)?;
             checkpoint::restore(&folder, self.tensors())?;
@@ -150,18 +155,18 @@ impl<'a> Trainer<'a> {
         if alone {
             checkpoints.clear()?;
         }
-        Ok((0, begun))
+        Ok((0, start_totals))
     }
 
     fn save(&self, checkpoints: &Checkpoints, done: u64, totals: &Totals) -> Result<String> {
         let inputs = self.run.inputs.clone();
-        let state = State::new(self.part.before + done, self.part.total, inputs, totals.clone());
+        let state = CheckpointState::new(self.range.before + done, self.range.total, inputs, totals.clone());
         Ok(checkpoints.save(&state, self.tensors())?.display().to_string())
     }
 
     /// Tensors of a checkpoint by name; shared, not copied.
     fn tensors(&self) -> Vec<(String, Tensor)> {
-        let parameters = self.parameters.iter().flat_map(Parameter::tensors);
+        let parameters = self.parameters.iter().flat_map(OptimizedParameter::tensors);
         let average = self.average.iter().flat_map(Average::tensors);
         parameters.chain(average).chain(self.rest()).collect()
     }
@@ -182,18 +187,18 @@ impl<'a> Trainer<'a> {
     fn step(
         &mut self,
         done: u64,
-        step: &Step,
+        step: &StepSamples,
         settings: &Settings,
         optimizer: &Optimizer,
         learning_rate: f64,
     ) -> Result<Done> {
-        let number = self.part.before + done + 1;
+        let number = self.range.before + done + 1;
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
         let (answer_tokens, tokens) = (
             samples().map(|example| example.answers as u64).sum(),
             samples().map(|example| example.length as u64).sum(),
         );
-        let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
+        let StepSums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
         let grad_norm = clip_gradients(&mut gradients, settings.optimizer.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -216,7 +221,7 @@ impl<'a> Trainer<'a> {
         Ok(Done { metrics, tokens })
     }
 
-    fn not_finite(&self, number: u64, step: &Step, loss: f64, gradients: &[Tensor]) -> Error {
+    fn not_finite(&self, number: u64, step: &StepSamples, loss: f64, gradients: &[Tensor]) -> Error {
         let ids: Vec<&str> = step.iter().flatten().map(|&sample| self.dataset.examples[sample].id.as_str()).collect();
         let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| !is_finite(gradient));
         let what = match weight {
@@ -239,9 +244,9 @@ fn is_finite(tensor: &Tensor) -> bool {
 
 /// Loads the rows of the first of `steps` unless they are held. With a streamed source, also loads the next steps, at
 /// most `left` in total, up to the source's token limit. Each process loads only the rows of its own passes.
-fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[Step], left: u64, networks: usize) -> Result<()> {
+fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[StepSamples], left: u64, networks: usize) -> Result<()> {
     let Some(streamed) = run.streamed else { return Ok(()) };
-    let own = |step: &Step| workers::own_passes(run, dataset, step, networks).concat();
+    let own = |step: &StepSamples| workers::own_passes(run, dataset, step, networks).concat();
     let Some(first) = steps.first().map(own) else { return Ok(()) };
     if dataset.holds(&first) {
         return Ok(());

@@ -13,10 +13,10 @@ use crate::base::{Result, ahead, thread_count};
 use super::context::Run;
 use super::gradient::{self, Counts};
 use super::pool::on_pool;
-use crate::finetune::data::{Batch, TrainingSet};
+use crate::finetune::data::{TrainingBatch, TrainingSet};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{LOSSES, LossKind};
-use crate::finetune::optim::{Optimizer, Parameter};
+use crate::finetune::optim::{OptimizedParameter, Optimizer};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 use crate::torch::Ranks;
@@ -26,7 +26,7 @@ const BATCHES_AHEAD: usize = 2;
 
 /// Losses and gradients, summed over a step.
 #[derive(Debug, Default)]
-pub struct Sums {
+pub struct StepSums {
     /// Mean of each loss term over the step, without its weight.
     pub losses: BTreeMap<LossKind, f64>,
     /// Gradients in the order of the network's trained weights; empty when no sample has an answer.
@@ -43,7 +43,7 @@ pub fn run(
     settings: &Settings,
     step: &[Vec<usize>],
     run: &Run<'_>,
-) -> Result<Sums> {
+) -> Result<StepSums> {
     let device = run.device;
     let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
     let counts = Counts {
@@ -51,11 +51,11 @@ pub fn run(
         tokens: samples().map(|example| example.length as u64).sum(),
     };
     let length = |sample: usize| dataset.examples[sample].length;
-    let mut shares = dealt(own_passes(run, dataset, step, students.len()), length, students.len());
+    let mut shares = distribute(own_passes(run, dataset, step, students.len()), length, students.len());
     let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
-    let mut total = Sums::default();
+    let mut total = StepSums::default();
     for sums in results {
         total.absorb(sums)?;
     }
@@ -71,7 +71,7 @@ pub fn own_passes(run: &Run<'_>, dataset: &TrainingSet, step: &[Vec<usize>], net
     let passes = cut(step.concat(), length, networks, run.batch_tokens);
     match run.ranks {
         Some(ranks) => {
-            let mut parts = dealt(passes, length, ranks.size());
+            let mut parts = distribute(passes, length, ranks.size());
             parts.get_mut(ranks.rank()).map(std::mem::take).unwrap_or_default()
         }
         None => passes,
@@ -103,11 +103,11 @@ fn passes(
     batches: &[Vec<usize>],
     counts: Counts,
     device: Device,
-) -> Result<Sums> {
+) -> Result<StepSums> {
     // Loss terms are summed on the device and read once, because each read makes the host wait for the GPU.
     let mut terms: BTreeMap<LossKind, Tensor> = BTreeMap::new();
-    let mut total = Sums::default();
-    let mut one = |batch: &Batch| -> Result<()> {
+    let mut total = StepSums::default();
+    let mut one = |batch: &TrainingBatch| -> Result<()> {
         if batch.answer_tokens == 0 {
             return Ok(());
         }
@@ -136,7 +136,7 @@ fn passes(
     Ok(total)
 }
 
-impl Sums {
+impl StepSums {
     /// Adds the sums of the other processes. A process without answers contributes zeros.
     fn sum_over(&mut self, ranks: &Ranks, student: &Student) -> Result<()> {
         let kinds: Vec<LossKind> = LOSSES.iter().map(|row| row.kind).collect();
@@ -160,7 +160,7 @@ impl Sums {
         ranks.sum(&self.gradients)
     }
 
-    fn absorb(&mut self, other: Sums) -> Result<()> {
+    fn absorb(&mut self, other: StepSums) -> Result<()> {
         for (kind, value) in other.losses {
             *self.losses.entry(kind).or_default() += value;
         }
@@ -177,9 +177,14 @@ impl Sums {
 
 /// Cuts samples into forward passes of about `batch_tokens` tokens and distributes them over at most `workers`
 /// networks.
-pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_tokens: usize) -> Vec<Vec<Vec<usize>>> {
+pub fn passes_by_worker(
+    dataset: &TrainingSet,
+    samples: Vec<usize>,
+    workers: usize,
+    batch_tokens: usize,
+) -> Vec<Vec<Vec<usize>>> {
     let length = |sample: usize| dataset.examples[sample].length;
-    dealt(cut(samples, length, workers, batch_tokens), length, workers)
+    distribute(cut(samples, length, workers, batch_tokens), length, workers)
 }
 
 /// Cuts samples into forward passes, longest samples first. The number of passes is at most the smallest multiple of
@@ -208,7 +213,7 @@ fn cut(
 
 /// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
 /// always the last ones and are removed.
-fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
+fn distribute(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
     let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers.max(1)];
     for pass in passes {
         let longest = pass.iter().map(|&sample| length(sample).max(1)).max().unwrap_or(1);
@@ -260,7 +265,7 @@ fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
 /// Errors: those of [`Optimizer::step`].
 pub fn optimize(
     optimizer: &Optimizer,
-    parameters: &mut [Parameter],
+    parameters: &mut [OptimizedParameter],
     gradients: Vec<Tensor>,
     step: u64,
     learning_rate: f64,
@@ -298,7 +303,7 @@ mod tests {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         for workers in 1..6 {
             let length = |sample: usize| lengths[sample];
-            let shares = dealt(cut((0..37).collect(), length, workers, 512), length, workers);
+            let shares = distribute(cut((0..37).collect(), length, workers, 512), length, workers);
             assert_eq!(shares.len(), workers);
             let mut seen: Vec<usize> = shares.concat().concat();
             seen.sort_unstable();
@@ -319,27 +324,27 @@ mod tests {
         let passes = cut((0..37).collect(), length, 2, 128);
         let work = |passes: &[Vec<usize>]| -> usize { passes.iter().map(|pass| pass.len() * length(pass[0])).sum() };
         for size in 1..5 {
-            let parts = dealt(passes.clone(), length, size);
+            let parts = distribute(passes.clone(), length, size);
             let mut seen = parts.concat();
             seen.sort_by_key(|pass| passes.iter().position(|other| other == pass));
             assert_eq!(seen, passes);
             let tokens: Vec<usize> = parts.iter().map(|part| work(part)).collect();
             assert!(tokens.iter().max().unwrap() - tokens.iter().min().unwrap() <= 128, "{tokens:?}");
         }
-        assert_eq!(dealt(vec![vec![7]], |_| 5, 2).len(), 1);
+        assert_eq!(distribute(vec![vec![7]], |_| 5, 2).len(), 1);
     }
 
     #[test]
     fn long_steps_are_cut_into_passes_of_a_bounded_size() {
-        let shares = dealt(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
+        let shares = distribute(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
     }
 
     #[test]
     fn fewer_samples_than_workers_leave_workers_idle() {
-        assert_eq!(dealt(cut(vec![7], |_| 5000, 4, 512), |_| 5000, 4), [[[7]]]);
-        assert!(dealt(cut(Vec::new(), |_| 1, 4, 512), |_| 1, 4).is_empty());
+        assert_eq!(distribute(cut(vec![7], |_| 5000, 4, 512), |_| 5000, 4), [[[7]]]);
+        assert!(distribute(cut(Vec::new(), |_| 1, 4, 512), |_| 1, 4).is_empty());
     }
 
     #[test]
@@ -349,16 +354,16 @@ mod tests {
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
             let optimizer = Optimizer::new(Settings::default().with(|s| s.optimizer.weight_decay = 0.1).constants());
-            let make = || -> Vec<Parameter> {
-                sizes.iter().map(|size| Parameter::new("w", values(size), kind).unwrap()).collect()
+            let make = || -> Vec<OptimizedParameter> {
+                sizes.iter().map(|size| OptimizedParameter::new("w", values(size), kind).unwrap()).collect()
             };
             let gradients = || -> Vec<Tensor> { sizes.iter().map(|size| values(size).cos()).collect() };
-            let (mut alone, mut dealt) = (make(), make());
+            let (mut alone, mut distribute) = (make(), make());
             for (parameter, gradient) in alone.iter_mut().zip(gradients()) {
                 optimizer.step(parameter, &gradient, 1, 0.01).unwrap();
             }
-            optimize(&optimizer, &mut dealt, gradients(), 1, 0.01, Device::Cpu).unwrap();
-            for ((a, b), size) in alone.iter().zip(&dealt).zip(sizes) {
+            optimize(&optimizer, &mut distribute, gradients(), 1, 0.01, Device::Cpu).unwrap();
+            for ((a, b), size) in alone.iter().zip(&distribute).zip(sizes) {
                 assert!(a.tensors().zip(b.tensors()).all(|(a, b)| a.1.detach().equal(&b.1.detach())), "{kind:?}");
                 assert!(!a.value.detach().equal(&values(size)));
             }

@@ -10,11 +10,11 @@ use super::tiling::{Tiling, tile};
 pub(super) fn sleb(request: &mut SelectionRequest, strategy: &str) -> Result<Vec<Group>> {
     let (usable, refusal) = (request.usable(), request.refusal);
     let chosen = greedy(request, strategy, &|removed| {
-        let may_go = |layer: &usize| {
+        let can_drop = |layer: &usize| {
             let all: Vec<usize> = removed.iter().copied().chain([*layer]).collect();
             refusal(&all).is_none()
         };
-        (0..usable).filter(|layer| !removed.contains(layer)).filter(may_go).collect()
+        (0..usable).filter(|layer| !removed.contains(layer)).filter(can_drop).collect()
     })?;
     let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
     let loss = |layer| chosen.iter().find(|&&(other, _)| other == layer).map(|&(_, loss)| loss);
@@ -27,7 +27,7 @@ pub(super) fn sleb(request: &mut SelectionRequest, strategy: &str) -> Result<Vec
 pub(super) fn interlace_loss(request: &mut SelectionRequest, strategy: &str) -> Result<Vec<Group>> {
     let usable = request.usable();
     let count = request.count;
-    let free: Vec<bool> = (0..usable).map(|layer| request.may_go(&[layer])).collect();
+    let free: Vec<bool> = (0..usable).map(|layer| request.can_drop(&[layer])).collect();
     let most = |removed: &[usize]| tile(&free, removed, true).map_or(0, |tiling| tiling.drops());
     if most(&[]) < count {
         return Ok(tile(&free, &[], true).map(Tiling::into_groups).unwrap_or_default());

@@ -14,7 +14,7 @@ pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(packs(request, &[3, 2], |request, start| {
         let (better, other) =
             if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) };
-        if request.may_go(&[better]) { (better, other) } else { (other, better) }
+        if request.can_drop(&[better]) { (better, other) } else { (other, better) }
     }))
 }
 
@@ -39,7 +39,7 @@ fn packs(
             }
             let pack = &mut assigned[start..start + size];
             let (drop, finetune) = choose(request, start);
-            if pack.contains(&true) || !request.may_go(&[drop]) {
+            if pack.contains(&true) || !request.can_drop(&[drop]) {
                 continue;
             }
             pack.fill(true);
@@ -67,7 +67,7 @@ fn beyond(request: &SelectionRequest, groups: &mut Vec<Group>) {
         }
         let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).chain([layer]).collect();
         let taken = groups.iter().any(|group| group.drop.contains(&layer) || group.finetune.contains(&layer));
-        if taken || !request.may_go(&dropped) {
+        if taken || !request.can_drop(&dropped) {
             continue;
         }
         for group in groups.iter_mut().filter(|group| group.anchor == Some(layer)) {
@@ -79,7 +79,7 @@ fn beyond(request: &SelectionRequest, groups: &mut Vec<Group>) {
 }
 
 /// Single layers by `sim_1`, each with the next layer to finetune.
-pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
+pub(super) fn with_next_layer(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut assigned = vec![false; request.num_layers];
     let mut groups = Vec::new();
     for layer in request.ranked(1) {
@@ -87,7 +87,7 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
             break;
         }
         let taken = layer + 1 >= request.reach() || assigned[layer] || assigned[layer + 1];
-        if taken || !request.may_go(&[layer]) {
+        if taken || !request.can_drop(&[layer]) {
             continue;
         }
         assigned[layer..=layer + 1].fill(true);
@@ -106,7 +106,7 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
 pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let count = request.count.min(request.reach() / 2);
     let block = |start: usize| (start..start + count).collect::<Vec<usize>>();
-    let fits = |start: &usize| start + 2 * count <= request.reach() && request.may_go(&block(*start));
+    let fits = |start: &usize| start + 2 * count <= request.reach() && request.can_drop(&block(*start));
     Ok(request
         .ranked(1)
         .into_iter()
@@ -126,7 +126,7 @@ pub(super) fn random(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut layers: Vec<usize> = (0..request.reach()).collect();
     layers.shuffle(&mut ChaCha8Rng::seed_from_u64(request.seed));
     let drop: Vec<usize> =
-        layers.iter().copied().filter(|&layer| request.may_go(&[layer])).take(request.count).collect();
+        layers.iter().copied().filter(|&layer| request.can_drop(&[layer])).take(request.count).collect();
     let rest: Vec<usize> = layers.into_iter().filter(|layer| !drop.contains(layer)).collect();
     let sorted = |layers: &[usize]| {
         let mut layers = layers.to_vec();

@@ -12,6 +12,8 @@ pub use request::{Group, MeasureLosses, SelectionRequest};
 
 use crate::base::{Error, Result};
 
+use super::plan::Part;
+
 /// A row of the table of strategies.
 pub struct Strategy {
     /// Value of `--strategy`, recorded in plans.
@@ -20,6 +22,8 @@ pub struct Strategy {
     pub summary: &'static str,
     /// Pack sizes whose similarities it reads when it drops `count` layers.
     pub packs: fn(count: usize) -> Vec<usize>,
+    /// What of a layer it drops.
+    pub drops: Part,
     /// The losses that it measures by `SelectionRequest::measure`.
     pub measures: Measures,
     /// True when it uses `SelectionRequest::seed`.
@@ -51,6 +55,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "triplets by sim_3: of the first two layers drop the one with the higher sim_1, finetune the other, \
                   freeze the third",
         packs: |_| vec![1, 2, 3],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
@@ -61,6 +66,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "interlace-oa",
         summary: "triplets by sim_3 in their given order: always drop the first layer, finetune the second",
         packs: |_| vec![3],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
@@ -71,17 +77,19 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "interlace-tn",
         summary: "single layers by sim_1: drop the layer, finetune the next",
         packs: |_| vec![1],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: true,
         goes_beyond: true,
-        select: interlace::then_next,
+        select: interlace::with_next_layer,
     },
     Strategy {
         name: "interlace-loss",
         summary: "greedy by measured loss under the same structure: again and again the layer whose removal raises it \
                   least, never two neighbours, each beside one that is finetuned and, where there is room, a frozen one",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::Loss,
         seeded: false,
         released_differs: false,
@@ -93,6 +101,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "the same greedy choice by the loss after a fit: a linear map, folded into the layer before each gap, first \
                   makes up for what is gone (arXiv:2505.02819)",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::HealedLoss,
         seeded: false,
         released_differs: false,
@@ -103,6 +112,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "consecutive",
         summary: "one block from the layer with the best sim_1, finetune as many layers after it",
         packs: |_| vec![1],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: true,
@@ -113,6 +123,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "random",
         summary: "layers drawn at random with a seed, finetune as many others drawn the same way",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: true,
         released_differs: true,
@@ -123,6 +134,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "shortgpt",
         summary: "layers of the least Block Influence, 1 - sim_1 (arXiv:2403.03853), finetune their neighbours",
         packs: |_| vec![1],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
@@ -133,6 +145,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "angular",
         summary: "the block of the least angular distance across it (arXiv:2403.17887), finetune the layers after it",
         packs: |count| vec![count],
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
@@ -144,6 +157,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "greedy: again and again the layer whose removal hurts the measured loss least (arXiv:2402.09025), \
                   finetune their neighbours",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::Loss,
         seeded: false,
         released_differs: false,
@@ -154,6 +168,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "sleb-heal",
         summary: "as sleb, by the loss after that fit",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::HealedLoss,
         seeded: false,
         released_differs: false,
@@ -161,9 +176,21 @@ pub const STRATEGIES: &[Strategy] = &[
         select: |request| greedy::sleb(request, "sleb-heal"),
     },
     Strategy {
+        name: "finercut",
+        summary: "as sleb, with the MLPs of layers as candidates: attention, caches and configs stay (arXiv:2405.18218)",
+        packs: |_| Vec::new(),
+        drops: Part::Mlp,
+        measures: Measures::Loss,
+        seeded: false,
+        released_differs: false,
+        goes_beyond: false,
+        select: |request| greedy::sleb(request, "finercut"),
+    },
+    Strategy {
         name: "explicit",
         summary: "the layers that you name, finetune their neighbours",
         packs: |_| Vec::new(),
+        drops: Part::Layer,
         measures: Measures::Nothing,
         seeded: false,
         released_differs: false,

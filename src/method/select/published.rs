@@ -10,14 +10,14 @@ use super::request::{Group, SelectionRequest};
 /// The `count` droppable layers with the highest `sim_1`. Source: arXiv:2403.03853, Block Influence.
 pub(super) fn shortgpt(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let drop: Vec<usize> =
-        request.ranked(1).into_iter().filter(|&layer| request.may_go(&[layer])).take(request.count).collect();
+        request.ranked(1).into_iter().filter(|&layer| request.can_drop(&[layer])).take(request.count).collect();
     Ok(with_neighbours(request, &drop, |layer| Some(1.0 - request.sim(1, layer))))
 }
 
 /// The block of `count` layers with the smallest `arccos(sim) / pi` across it. Source: arXiv:2403.17887, equation 5.
 pub(super) fn angular(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let block = |start: usize| (start..start + request.count).collect::<Vec<usize>>();
-    let best = request.ranked(request.count).into_iter().find(|&start| request.may_go(&block(start)));
+    let best = request.ranked(request.count).into_iter().find(|&start| request.can_drop(&block(start)));
     let Some(start) = best else { return Ok(Vec::new()) };
     let angle = request.sim(request.count, start).clamp(-1.0, 1.0).acos() / PI;
     let drop = block(start);

@@ -70,7 +70,7 @@ impl SelectionRequest<'_, '_> {
     }
 
     /// True where these layers can be dropped together.
-    pub(super) fn may_go(&self, layers: &[usize]) -> bool {
+    pub(super) fn can_drop(&self, layers: &[usize]) -> bool {
         (self.refusal)(layers).is_none()
     }
 

@@ -405,7 +405,7 @@ proptest! {
             prop_assert_eq!(drop.len(), count, "{}", strategy.name);
             // `Plan::new` rejects a layer with two roles or outside the model.
             let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();
-            let plan = crate::method::Plan::new(head, strategy.name, num_layers, groups.clone()).unwrap();
+            let plan = crate::method::Plan::new(head, strategy.name, strategy.drops, num_layers, groups.clone()).unwrap();
             prop_assert_eq!(plan.drop.len(), count);
             prop_assert!(strategy.name == "explicit" || !drop.contains(&(num_layers - 1)), "{}", strategy.name);
             prop_assert!(!plan.finetune.contains(&(num_layers - 1)), "{}", strategy.name);
@@ -426,7 +426,7 @@ proptest! {
         };
         if let Ok(groups) = Strategy::named("random").unwrap().select(&mut request) {
             let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();
-            let plan = crate::method::Plan::new(head, "random", num_layers, groups).unwrap();
+            let plan = crate::method::Plan::new(head, "random", crate::method::Part::Layer, num_layers, groups).unwrap();
             let kept: Vec<usize> = (0..num_layers).filter(|layer| !plan.drop.contains(layer)).collect();
             let back: Vec<usize> = plan.finetune_pruned.iter().map(|&index| kept[index]).collect();
             prop_assert_eq!(back, plan.finetune);

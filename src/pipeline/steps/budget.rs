@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
-use crate::analysis::Analysis;
+use crate::analysis::{Analysis, Layer, sublayers};
 use crate::base::{Error, Result, human_bytes, human_count};
 use crate::bundle::{Bundle, Role};
 use crate::ir::Body;
+use crate::method::Part;
 use crate::onnx;
 
 /// Parameters and bytes of a model's parts, each component in its most precise variant.
@@ -17,6 +18,8 @@ pub struct ModelCosts {
     pub size_bytes: u64,
     /// Cost of each decoder layer: the weights that only this layer reads.
     pub layers: Vec<LayerCost>,
+    /// Cost of each decoder layer's MLP; 0 where it cannot be dropped alone.
+    pub mlps: Vec<LayerCost>,
 }
 
 /// One layer's own weights.
@@ -35,7 +38,8 @@ pub struct Remaining {
     pub parameters: u64,
     /// Bytes of all files of the model.
     pub size_bytes: u64,
-    /// Ideal decoder speed-up: all layers over the kept ones.
+    /// Ideal decoder speed-up: all layers over the kept ones; where MLPs are dropped alone, the parameters of all layers over
+    /// those that stay.
     pub speedup: f64,
 }
 
@@ -57,15 +61,19 @@ impl ModelCosts {
     pub fn of(bundle: &Bundle, analysis: &Analysis) -> Result<Self> {
         let decoder = bundle.require(Role::Decoder)?;
         let body = &analysis.model.graph.body;
+        let cost =
+            |layer: &Layer| LayerCost { parameters: layer.parameters(body), size_bytes: layer.weight_bytes(body) };
+        // A graph whose layers cannot be cut has no MLP that goes alone.
+        let mlps = sublayers(analysis).map_or(Vec::new(), |parts| {
+            let place =
+                |mlp: Result<usize, String>| mlp.map_or(LayerCost::default(), |place| cost(&parts.map.layers[place]));
+            parts.mlps.iter().cloned().map(place).collect()
+        });
         let mut costs = ModelCosts {
             parameters: parameters(body),
             size_bytes: bundle.size_bytes(decoder)?,
-            layers: analysis
-                .map
-                .layers
-                .iter()
-                .map(|layer| LayerCost { parameters: layer.parameters(body), size_bytes: layer.weight_bytes(body) })
-                .collect(),
+            layers: analysis.map.layers.iter().map(cost).collect(),
+            mlps,
         };
         for role in [Role::EmbedTokens, Role::VisionEncoder] {
             if let Some(component) = bundle.component(role) {
@@ -74,6 +82,23 @@ impl ModelCosts {
             }
         }
         Ok(costs)
+    }
+
+    /// Cost of the model without these layers or, where `part` says so, without their MLPs.
+    pub fn without_part(&self, part: Part, drop: &[usize]) -> Remaining {
+        if part == Part::Layer {
+            return self.without(drop);
+        }
+        let gone = |weight: fn(&LayerCost) -> u64| -> u64 {
+            drop.iter().filter_map(|&layer| self.mlps.get(layer)).map(weight).sum()
+        };
+        let parameters = gone(|mlp| mlp.parameters);
+        let all: u64 = self.layers.iter().map(|layer| layer.parameters).sum();
+        Remaining {
+            parameters: self.parameters.saturating_sub(parameters),
+            size_bytes: self.size_bytes.saturating_sub(gone(|mlp| mlp.size_bytes)),
+            speedup: all as f64 / all.saturating_sub(parameters).max(1) as f64,
+        }
     }
 
     /// Cost of the model without these layers.
@@ -166,7 +191,15 @@ mod tests {
     /// Embeddings and head have 100 parameters, the layers 10, 10, 40 and 10; each parameter takes four bytes.
     fn costs() -> ModelCosts {
         let layers = [10, 10, 40, 10].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
-        ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec() }
+        let mlps = [6, 6, 24, 6].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
+        ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec(), mlps: mlps.to_vec() }
+    }
+
+    #[test]
+    fn mlps_alone_count_by_their_parameters() {
+        let left = costs().without_part(Part::Mlp, &[0, 2]);
+        assert_eq!((left.parameters, left.size_bytes, left.speedup), (140, 560, 70.0 / 40.0));
+        assert_eq!(costs().without_part(Part::Layer, &[0, 2]), costs().without(&[0, 2]));
     }
 
     #[test]

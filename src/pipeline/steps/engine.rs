@@ -54,13 +54,13 @@ pub struct Engine {
 impl Engine {
     /// Errors: as `Runtime::new`.
     pub fn new(device: Device) -> Result<Self> {
-        Engine::among(None, device)
+        Engine::with_peers(None, device)
     }
 
     /// An engine of one of several processes that share the questions and samples of every measurement.
     ///
     /// Errors: as `Runtime::new`.
-    pub fn among(peers: Option<Box<dyn Peers + Send>>, device: Device) -> Result<Self> {
+    pub fn with_peers(peers: Option<Box<dyn Peers + Send>>, device: Device) -> Result<Self> {
         Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES), peers })
     }
 

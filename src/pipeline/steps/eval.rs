@@ -10,8 +10,8 @@ use crate::base::{AtomicFile, Cancel, Error, Result};
 use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, DataOptions, DataPart, Dataset, ImageSettings, Turns};
 use crate::eval::{
-    Compared, EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, compare_over,
-    evaluate_among, kept_perplexity, perplexity,
+    EvalOptions, EvalReport, ModelScores, PairedComparison, TextReport, TextScores, benchmark_name, compare,
+    compare_over, evaluate_with_peers, kept_perplexity, perplexity,
 };
 
 use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests, head};
@@ -36,7 +36,7 @@ impl Engine {
         let mut loaded = self.load(model, &settings.images)?;
         let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: _ } = settings.clone();
         let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge };
-        evaluate_among(self.peers(), &mut loaded, benchmark, &benchmark_name(data), &options, cancel)
+        evaluate_with_peers(self.peers(), &mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
 }
 
@@ -215,6 +215,6 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
 /// verbs.
 ///
 /// Errors: as `eval::compare_over`.
-pub fn compared(runs: &[(&ModelScores, &ModelScores)]) -> Result<Option<Compared>> {
+pub fn compared(runs: &[(&ModelScores, &ModelScores)]) -> Result<Option<PairedComparison>> {
     compare_over(runs, BOOTSTRAP_SEED)
 }

@@ -12,9 +12,9 @@ use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Rol
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
-    plan_run, remove_unbegun,
+    plan_run, remove_cache_only_folder,
 };
-use crate::method::{LayerRole, Plan, named_layers};
+use crate::method::{LayerRole, Part, Plan, named_layers};
 use crate::runtime::FeatureCache;
 use crate::torch::Ranks;
 
@@ -160,7 +160,7 @@ pub fn finetune(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
-    check_begun(request)?;
+    check_not_interrupted(request)?;
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
@@ -192,7 +192,7 @@ pub fn finetune(
         && is_new
         && request.work.exists()
     {
-        remove_unbegun(request.work)?;
+        remove_cache_only_folder(request.work)?;
     }
     let mut outcome = outcome?;
     outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());
@@ -226,7 +226,7 @@ pub fn finetune(
 }
 
 /// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
-fn check_begun(request: &Finetune) -> Result<()> {
+fn check_not_interrupted(request: &Finetune) -> Result<()> {
     match interrupted_at(request.work)?.filter(|_| !request.resume) {
         Some(step) => Err(Error::invalid(
             format!("`{}`", request.work.display()),
@@ -343,14 +343,29 @@ fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     }
     let history = record.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
-        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
+        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, mlps, .. } => {
+            Some((*layers_before, dropped, mlps))
+        }
         _ => None,
     });
+    let wanted = match plan.part {
+        Part::Layer => (plan.drop.as_slice(), &[][..]),
+        Part::Mlp => (&[][..], plan.drop.as_slice()),
+    };
+    let lost = |layers: &[usize], mlps: &[usize]| match mlps {
+        [] => format!("layers {layers:?}"),
+        _ => format!("the MLPs of layers {mlps:?}"),
+    };
     match pruned {
-        Some((layers, dropped)) if layers == plan.num_layers && *dropped == plan.drop => Ok(()),
-        Some((layers, dropped)) => Err(Error::invalid(
+        Some((layers, dropped, mlps)) if layers == plan.num_layers && (&dropped[..], &mlps[..]) == wanted => Ok(()),
+        Some((layers, dropped, mlps)) => Err(Error::invalid(
             subject(),
-            format!("lost layers {dropped:?} of {layers}, the plan drops {:?} of {}", plan.drop, plan.num_layers),
+            format!(
+                "lost {} of {layers}, the plan drops {} of {}",
+                lost(dropped, mlps),
+                lost(wanted.0, wanted.1),
+                plan.num_layers
+            ),
         )
         .remedy("give the plan that the model was pruned with")),
         None => {

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Progress, Result};
 use crate::bundle::ModelSource;
-use crate::data::{DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
+use crate::data::{
+    DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, MessagePart, Sample, Turn,
+};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::{Sampler, VlmSettings};
@@ -121,8 +123,8 @@ pub fn generate(
         let frames = question.video.iter().map(|(time, path)| (*time, picture(path))).collect();
         images.push(ImageBytes::frames("the video", frames)?);
     }
-    let mut user: Vec<Part> = (0..images.len()).map(Part::Image).collect();
-    user.push(Part::Text(question.prompt.clone()));
+    let mut user: Vec<MessagePart> = (0..images.len()).map(MessagePart::Image).collect();
+    user.push(MessagePart::Text(question.prompt.clone()));
     let sample = Sample {
         index: 0,
         id: "the question".to_string(),

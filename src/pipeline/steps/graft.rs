@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir, folder_of};
 use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
-use crate::graft::{self, Absent, GraftTable, Loaded, Part, history_of, load};
+use crate::graft::{self, Absent, GraftTable, Loaded, ModelPart, history_of, load};
 use crate::ir::{Body, TensorData, ValueId};
 
 /// Input of a graft.
@@ -119,7 +119,7 @@ fn history(request: &Graft) -> Result<Vec<RecordedStep>> {
     Ok(history_of(&history, request.base))
 }
 
-fn parts<'a>(loaded: &'a [Loaded]) -> Vec<Part<'a>> {
+fn parts<'a>(loaded: &'a [Loaded]) -> Vec<ModelPart<'a>> {
     loaded.iter().map(Loaded::part).collect()
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Provenance, Result, gathered, is_own};
 use crate::bundle::ModelSource;
-use crate::data::{BenchRow, Benchmark, Part, Processor, Sample, Turn};
+use crate::data::{BenchRow, Benchmark, MessagePart, Processor, Sample, Turn};
 use crate::eval::{
     Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, needs_judge, question_text,
     reference_of, right_answer,
@@ -95,8 +95,8 @@ fn in_order(by_process: Vec<Vec<AnswerLikelihood>>, rows: usize) -> Vec<AnswerLi
 /// A question with its right answer.
 fn answered(benchmark: &Benchmark, name: &str, row: &BenchRow, style: PromptStyle) -> Result<Sample> {
     let images = benchmark.images(row)?;
-    let mut user: Vec<Part> = (0..images.len()).map(Part::Image).collect();
-    user.push(Part::Text(question_text(benchmark, name, row, style)?));
+    let mut user: Vec<MessagePart> = (0..images.len()).map(MessagePart::Image).collect();
+    user.push(MessagePart::Text(question_text(benchmark, name, row, style)?));
     let turn = Turn { user, assistant: right_answer(&reference_of(benchmark, row)?) };
     let id = format!("row `{}` of benchmark `{name}`", row.index);
     Ok(Sample { index: 0, id, images, system: None, turns: vec![turn], text: None, tensors: None })

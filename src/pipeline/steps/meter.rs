@@ -5,13 +5,16 @@ use std::path::Path;
 use crate::base::{Cancel, Device, Result, Sha256Digest};
 use crate::bundle::Bundle;
 use crate::data::{Amount, DataOptions, Dataset, LeftOut, Subset};
-use crate::method::select::{MeasureLosses, Measures};
-use crate::method::{HealMeter, LossMeter};
+use crate::method::select::{MeasureLosses, Measures, Strategy};
+use crate::method::{BRIDGE_RANK, CompensationKind, HealMeter, LossMeter, MlpMeter, Part};
 
 use super::needs::{Work, check as check_needs};
 
 /// Calibration samples where the user names no number.
 pub const CALIBRATION_SAMPLES: usize = 32;
+
+/// What strategies that fit make up for dropped layers with; it has no rank.
+const LINEAR: (CompensationKind, usize) = (CompensationKind::Linear, BRIDGE_RANK);
 
 /// Losses for a strategy that uses them, with their samples and the digest of their data.
 pub struct Meter {
@@ -29,6 +32,7 @@ pub struct Meter {
 
 enum Kind {
     Loss(LossMeter),
+    Mlps(MlpMeter),
     Healed(HealMeter),
 }
 
@@ -40,7 +44,7 @@ impl Meter {
     /// positions.
     pub fn open(
         bundle: &Bundle,
-        measures: Measures,
+        strategy: &Strategy,
         (data, options): (&Path, &DataOptions),
         (samples, seed, fit_tokens): (Option<usize>, u64, usize),
         device: Device,
@@ -51,9 +55,9 @@ impl Meter {
         let data = dataset.digest()?;
         let asked = samples.unwrap_or(CALIBRATION_SAMPLES.min(dataset.len()));
         let subset = Subset { amount: Amount::Samples(asked), seed };
-        Ok(match measures {
+        Ok(match strategy.measures {
             Measures::HealedLoss => {
-                let meter = HealMeter::new(bundle, &dataset, subset, fit_tokens, device, cancel)?;
+                let meter = HealMeter::new(bundle, &dataset, LINEAR, (subset, fit_tokens), device, cancel)?;
                 let (samples, left_out) = (meter.samples().to_vec(), meter.left_out().clone());
                 Meter {
                     data,
@@ -63,6 +67,12 @@ impl Meter {
                     answer_tokens: meter.answer_tokens(),
                     kind: Kind::Healed(meter),
                 }
+            }
+            Measures::Loss if strategy.drops == Part::Mlp => {
+                let meter = MlpMeter::new(bundle, &dataset, subset, device, cancel)?;
+                let own = meter.meter();
+                let (samples, left_out) = (own.samples().to_vec(), own.left_out().clone());
+                Meter { data, asked, samples, left_out, answer_tokens: own.answer_tokens(), kind: Kind::Mlps(meter) }
             }
             Measures::Loss | Measures::Nothing => {
                 let meter = LossMeter::new(bundle, &dataset, subset, device, cancel)?;
@@ -81,7 +91,7 @@ impl Meter {
             self.answer_tokens
         );
         match &self.kind {
-            Kind::Loss(_) => measured,
+            Kind::Loss(_) | Kind::Mlps(_) => measured,
             Kind::Healed(meter) => format!(
                 "{measured} after a fit on {} other tokens, at most {} forward passes in all",
                 meter.fit_tokens(),
@@ -94,6 +104,7 @@ impl Meter {
     pub fn measure(&mut self) -> &mut dyn MeasureLosses {
         match &mut self.kind {
             Kind::Loss(meter) => meter,
+            Kind::Mlps(meter) => meter,
             Kind::Healed(meter) => meter,
         }
     }

@@ -16,7 +16,7 @@ mod prune;
 mod refusal;
 
 pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
-pub use compensate::{Compensated, CompensationReport, compensate};
+pub use compensate::{Compensated, CompensationReport, CompensationSettings, compensate};
 pub use engine::{Engine, EvalSettings};
 pub use eval::{TextSettings, compared, eval, eval_text, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};

@@ -78,7 +78,7 @@ impl Work {
 pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     let component = bundle.require(Role::Decoder)?;
     if work.needs().contains(&Need::OneDecoder) {
-        alone(bundle, component)?;
+        check_single_decoder(bundle, component)?;
     }
     match analysis::analyse(&onnx::load(&bundle.path_of(component))?) {
         Ok(analysis) => check_analysed(bundle, work, &analysis),
@@ -92,13 +92,13 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
 fn check_analysed(bundle: &Bundle, work: Work, analysis: &Analysis) -> Result<()> {
     let component = bundle.require(Role::Decoder)?;
     if work.needs().contains(&Need::OneDecoder) {
-        alone(bundle, component)?;
+        check_single_decoder(bundle, component)?;
     }
     for need in work.needs() {
-        if let Some((problem, remedy)) = lacks(analysis, *need) {
+        if let Some((problem, remedy)) = unmet(analysis, *need) {
             return Err(Error::unsupported(
                 format!("`{}`", bundle.path_of(component).display()),
-                format!("{problem}, and {} needs {}", work.name(), wanted(*need)),
+                format!("{problem}, and {} needs {}", work.name(), requirement(*need)),
             )
             .remedy(remedy));
         }
@@ -190,7 +190,7 @@ pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
 }
 
 /// The requirement in messages.
-fn wanted(need: Need) -> &'static str {
+fn requirement(need: Need) -> &'static str {
     match need {
         Need::Layers => "a residual stream with layers",
         Need::EveryPosition => "the logits of every position",
@@ -200,7 +200,7 @@ fn wanted(need: Need) -> &'static str {
 }
 
 /// Problem and remedy, when the decoder does not meet the requirement.
-fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
+fn unmet(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((
             analysis.picks_positions()?,
@@ -218,7 +218,7 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
 }
 
 /// Rejects a folder with a second decoder graph.
-fn alone(bundle: &Bundle, component: &Component) -> Result<()> {
+fn check_single_decoder(bundle: &Bundle, component: &Component) -> Result<()> {
     let others: Vec<&str> = bundle
         .components()
         .iter()

@@ -11,7 +11,8 @@ use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, Tower};
 use crate::data::{DataOptions, LeftOut};
 use crate::method::select::{SelectionRequest, Strategy, drop_count};
-use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
+use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Part, Plan, Scores, Similarities};
+use crate::rewrite::drop_mlps;
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
@@ -78,7 +79,7 @@ pub struct PlannedModel {
     bundle: Bundle,
     analysis: Analysis,
     /// Sets of layers checked so far, with the reason why they cannot be dropped, if any.
-    refusals: Mutex<BTreeMap<Vec<usize>, Option<String>>>,
+    refusals: Mutex<BTreeMap<(Part, Vec<usize>), Option<String>>>,
     /// Layers after which the graph changes the residual stream, with the graph inputs that are read there (DeepStack).
     additions: Vec<(usize, Vec<String>)>,
 }
@@ -101,17 +102,21 @@ impl PlannedModel {
         Ok(PlannedModel { digest, num_layers, costs, bundle, analysis, refusals, additions })
     }
 
-    /// The error with which `prune` would refuse to drop these layers; `None` if it would accept them.
-    fn refusal(&self, layers: &[usize]) -> Option<Error> {
-        drop_refusal(&self.bundle, &self.analysis, Tower::Text, layers)
+    /// The error with which `prune` would refuse to drop these layers, or their MLPs; `None` if it would accept them.
+    fn refusal(&self, part: Part, layers: &[usize]) -> Option<Error> {
+        match part {
+            Part::Layer => drop_refusal(&self.bundle, &self.analysis, Tower::Text, layers),
+            Part::Mlp => drop_mlps(&self.analysis, layers).err(),
+        }
     }
 
     /// The same as text, cached.
-    fn known_refusal(&self, layers: &[usize]) -> Option<String> {
+    fn known_refusal(&self, part: Part, layers: &[usize]) -> Option<String> {
         let mut layers = layers.to_vec();
         layers.sort_unstable();
         let mut known = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        known.entry(layers).or_insert_with_key(|layers| self.refusal(layers).map(|error| error.to_string())).clone()
+        let refusal = |(part, layers): &(Part, Vec<usize>)| self.refusal(*part, layers).map(|error| error.to_string());
+        known.entry((part, layers)).or_insert_with_key(refusal).clone()
     }
 
     /// Checks that scores are of this model. `subject` is their name in the error.
@@ -124,8 +129,13 @@ impl PlannedModel {
         Err(of_another_model(subject, &self.bundle, "score this model first"))
     }
 
+    /// Warnings about a plan.
+    pub fn plan_warnings(&self, plan: &Plan) -> Vec<String> {
+        if plan.part.is_layer() { self.warnings(&plan.drop) } else { Vec::new() }
+    }
+
     /// Warnings about dropping these layers.
-    pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
+    fn warnings(&self, drop: &[usize]) -> Vec<String> {
         let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
         met.map(|(layer, inputs)| {
             let what = if inputs.is_empty() { "features".to_string() } else { inputs.join(", ") };
@@ -177,6 +187,10 @@ pub fn plan(
     let strategy = Strategy::named(&settings.strategy)?;
     let num_layers = model.num_layers;
     let target = settings.how_many.target();
+    if let (Some(target), Part::Mlp) = (target, strategy.drops) {
+        return Err(Error::invalid(format!("strategy `{}`", strategy.name), format!("takes no limit, found {target}"))
+            .remedy("give the number of MLPs to drop with `--drop-count` or `--drop-ratio`"));
+    }
     let mut count = settings.how_many.count(model)?;
     let mut inputs = BTreeMap::from([("model".to_string(), model.digest.clone())]);
     if let Some((scores, digest)) = &scores {
@@ -210,7 +224,7 @@ pub fn plan(
     let groups = loop {
         let measure = meter.as_mut().map(|meter| meter.measure());
         let seed = settings.seed;
-        let refusal = &|layers: &[usize]| model.known_refusal(layers);
+        let refusal = &|layers: &[usize]| model.known_refusal(strategy.drops, layers);
         let mut request = SelectionRequest {
             num_layers,
             count,
@@ -225,17 +239,17 @@ pub fn plan(
         };
         let groups = strategy.select(&mut request)?;
         let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
-        if target.is_none_or(|target| target.is_met(model.costs.without(&dropped))) {
+        if target.is_none_or(|target| target.is_met(model.costs.without_part(strategy.drops, &dropped))) {
             break groups;
         }
         count += 1;
     };
     let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
-    if let Some(error) = model.refusal(&dropped) {
+    if let Some(error) = model.refusal(strategy.drops, &dropped) {
         return Err(error);
     }
     let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?;
-    let plan = Plan::new(provenance, strategy.name, num_layers, groups)?;
+    let plan = Plan::new(provenance, strategy.name, strategy.drops, num_layers, groups)?;
     Ok(Plan { samples, left_out, ..plan })
 }
 

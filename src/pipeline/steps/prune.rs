@@ -10,10 +10,11 @@ use serde::Serialize;
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
-use crate::method::Plan;
+use crate::method::{Change, Part, Plan, named_layers};
 use crate::onnx;
 use crate::rewrite::{
-    MovedTap, Weights, drop_layers, fold_map, has_additions, shift_additions, tap_changes, with_weights,
+    Behind, MovedTap, NamedWeights, change_behind, check_behind, drop_layers, drop_mlps, fold_map, has_additions,
+    shift_additions, tap_changes, with_weights,
 };
 
 use super::compensate::{Compensated, CompensationReport};
@@ -28,6 +29,9 @@ pub struct Pruned {
     pub tower: Tower,
     /// Dropped layers by their index before.
     pub dropped: Vec<usize>,
+    /// Layers whose MLPs were dropped alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mlps: Vec<usize>,
     /// Layers of the tower before pruning.
     pub layers_before: usize,
     /// Layers of the tower after pruning.
@@ -35,7 +39,7 @@ pub struct Pruned {
     /// Treatment of features that are added between layers; absent where none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepstack: Option<Deepstack>,
-    /// Linear maps that were folded into the layers before the gaps.
+    /// What makes up for the dropped layers before the gaps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compensation: Option<CompensationReport>,
     /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
@@ -79,6 +83,8 @@ pub enum Drop<'a> {
         /// Their indices, in any order.
         layers: &'a [usize],
     },
+    /// The MLPs of decoder layers that the user listed.
+    Mlps(&'a [usize]),
     /// A plan with the digest of its file.
     Plan {
         /// The plan; its layers are the decoder's.
@@ -91,10 +97,21 @@ pub enum Drop<'a> {
 }
 
 impl Drop<'_> {
-    fn layers(&self) -> (Tower, &[usize]) {
+    /// The layers that lose something, and their tower.
+    pub fn layers(&self) -> (Tower, &[usize]) {
         match self {
             Drop::Layers { tower, layers } => (*tower, *layers),
+            Drop::Mlps(layers) => (Tower::Text, *layers),
             Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
+        }
+    }
+
+    /// What they lose.
+    pub fn part(&self) -> Part {
+        match self {
+            Drop::Layers { .. } => Part::Layer,
+            Drop::Mlps(_) => Part::Mlp,
+            Drop::Plan { plan, .. } => plan.part,
         }
     }
 }
@@ -103,6 +120,8 @@ impl Drop<'_> {
 struct PruneSettings<'a> {
     tower: Tower,
     drop: &'a [usize],
+    #[serde(skip_serializing_if = "<[usize]>::is_empty")]
+    mlps: &'a [usize],
     #[serde(skip_serializing_if = "Option::is_none")]
     deepstack: Option<Deepstack>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -110,9 +129,9 @@ struct PruneSettings<'a> {
 }
 
 /// Writes the model without these layers as a new folder in the same layout. `deepstack` is the treatment of features
-/// that are added between layers; `compensated` are maps to fold into the layers before the gaps. A variant of a component is
-/// set aside when it cannot be read, or when it would lose layers that cannot be found in it, or when a map cannot be folded
-/// into it, unless it is the most precise variant.
+/// that are added between layers; `compensated` is what changes behind the layers before the gaps. A variant of a component is
+/// set aside when it cannot be read, or when it would lose layers that cannot be found in it, or when it cannot take such a
+/// change, unless it is the most precise variant.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, no layer would remain, the plan is of another model,
 /// components have different numbers of layers, or the target exists; `Error::Unsupported` when the layers cannot be
@@ -128,8 +147,12 @@ pub fn prune(
     let (tower, layers) = drop.layers();
     let (loaded, mut set_aside) = load(bundle, tower)?;
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
-    let edit = match LayerEdit::new(tower, total, layers) {
-        Ok(edit) if edit.dropped().is_empty() => {
+    let (whole, mlps) = match drop.part() {
+        Part::Layer => (layers, Vec::new()),
+        Part::Mlp => (&[][..], checked_mlps(layers, total, compensated.is_some())?),
+    };
+    let edit = match LayerEdit::new(tower, total, whole) {
+        Ok(edit) if edit.dropped().is_empty() && mlps.is_empty() => {
             return Err(Error::invalid("list of layers", "is empty").remedy("name at least one, as in `--drop 2,5`"));
         }
         Ok(edit) => edit,
@@ -153,8 +176,13 @@ pub fn prune(
     }
     let mut parts = Vec::with_capacity(loaded.len());
     for (component, analysis) in loaded {
-        match folded(&analysis, compensated) {
-            Ok(weights) => parts.push(Part { component, analysis, weights }),
+        let changed = folded(&analysis, compensated).and_then(|changed| match mlps.is_empty() {
+            true => Ok(changed),
+            // A variant without such MLPs is set aside.
+            false => drop_mlps(&analysis, &mlps).map(|_| changed),
+        });
+        match changed {
+            Ok((weights, behind)) => parts.push(ToWrite { component, analysis, weights, behind }),
             Err(error) if bundle.is_most_precise(component) => return Err(error),
             Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
         }
@@ -171,12 +199,16 @@ pub fn prune(
     let mut writer = BundleWriter::create(bundle, target)?;
     let report = compensated.map(|compensated| &compensated.report);
     writer.drop_layers(&edit, deepstack, taps.clone())?;
-    writer.compensate(report.map_or(&[], |report| report.layers.as_slice()));
+    writer.drop_mlps(&mlps);
+    let (folded, bridged): (Vec<_>, Vec<_>) =
+        changes(compensated).partition(|(_, change)| matches!(change, Change::Fold(_)));
+    let layers = |of: Vec<(usize, &Change)>| of.into_iter().map(|(layer, _)| layer).collect::<Vec<usize>>();
+    writer.compensate(&layers(folded), &layers(bridged));
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing, so they run in parallel.
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
-        let settings = PruneSettings { tower, drop: edit.dropped(), deepstack, compensation: report };
+        let settings = PruneSettings { tower, drop: edit.dropped(), mlps: &mlps, deepstack, compensation: report };
         write(writer, &edit, &settings, &parts, || match digest.join() {
             Ok(digest) => {
                 let mut inputs = inputs(bundle, digest?, drop)?;
@@ -189,6 +221,7 @@ pub fn prune(
     Ok(Pruned {
         tower,
         dropped: edit.dropped().to_vec(),
+        mlps: mlps.clone(),
         layers_before: total,
         layers_after: edit.remaining(),
         deepstack,
@@ -199,6 +232,20 @@ pub fn prune(
         left_out: bundle.left_out().to_vec(),
         set_aside,
     })
+}
+
+/// The layers whose MLPs go, ascending.
+///
+/// Errors: `Error::Invalid` for none, a duplicate, or one that does not exist; `Error::Unsupported` with a compensation.
+fn checked_mlps(layers: &[usize], total: usize, compensated: bool) -> Result<Vec<usize>> {
+    if compensated {
+        return Err(Error::unsupported(
+            "dropping MLPs alone",
+            "leaves no gap between layers that a compensation could close",
+        )
+        .remedy("leave the compensation out, and finetune the pruned model"));
+    }
+    named_layers(layers, total)
 }
 
 /// Digests of the inputs of the result.
@@ -256,19 +303,38 @@ fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<Analysed<'_>>, Vec<SetAsid
     Ok((loaded, set_aside))
 }
 
-/// A component to write, with the weights that maps change.
-struct Part<'b> {
+/// A component to write, with what makes up for its dropped layers.
+struct ToWrite<'b> {
     component: &'b Component,
     analysis: Analysis,
-    weights: Weights,
+    /// NamedWeights that maps were folded into.
+    weights: NamedWeights,
+    /// Changes of the stream, by layer before pruning.
+    behind: Vec<(usize, Behind<'b>)>,
 }
 
-fn folded(analysis: &Analysis, compensated: Option<&Compensated>) -> Result<Weights> {
-    let mut weights = Weights::new();
-    for (&layer, change) in compensated.iter().flat_map(|compensated| &compensated.compensation.changes) {
-        weights.extend(fold_map(analysis, layer, change)?);
+fn changes(compensated: Option<&Compensated>) -> impl Iterator<Item = (usize, &Change)> {
+    let changes = compensated.into_iter().flat_map(|compensated| &compensated.compensation.changes);
+    changes.map(|(&layer, change)| (layer, change))
+}
+
+/// Errors: as `fold_map` and `check_behind`.
+fn folded<'c>(
+    analysis: &Analysis,
+    compensated: Option<&'c Compensated>,
+) -> Result<(NamedWeights, Vec<(usize, Behind<'c>)>)> {
+    let (mut weights, mut behind) = (NamedWeights::new(), Vec::new());
+    for (layer, change) in changes(compensated) {
+        match change {
+            Change::Fold(map) => weights.extend(fold_map(analysis, layer, map)?),
+            Change::Scale(factor) => behind.push((layer, Behind::Scale(*factor))),
+            Change::Bridge { down, up } => behind.push((layer, Behind::Bridge { down, up })),
+        }
     }
-    Ok(weights)
+    if !behind.is_empty() {
+        check_behind(analysis, &behind.iter().map(|(layer, _)| *layer).collect::<Vec<_>>())?;
+    }
+    Ok((weights, behind))
 }
 
 /// Writes the folder and gives it its final name. `inputs` is called as late as possible.
@@ -276,14 +342,21 @@ fn write(
     mut writer: BundleWriter,
     edit: &LayerEdit,
     settings: &PruneSettings,
-    parts: &[Part],
+    parts: &[ToWrite],
     inputs: impl FnOnce() -> Result<BTreeMap<String, Sha256Digest>>,
 ) -> Result<Vec<PrunedComponent>> {
     let mut inputs = Some(inputs);
     let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), settings)?)?;
     let mut written = Vec::with_capacity(parts.len());
-    for Part { component, analysis, weights } in parts {
-        let model = with_weights(&drop_layers(analysis, edit.dropped())?, weights)?;
+    for ToWrite { component, analysis, weights, behind } in parts {
+        let pruned = match settings.mlps {
+            [] => drop_layers(analysis, edit.dropped())?,
+            mlps => drop_mlps(analysis, mlps)?,
+        };
+        let model = with_weights(&pruned, weights)?;
+        let now = |layer: usize| layer - edit.dropped().iter().filter(|dropped| **dropped < layer).count();
+        let behind: Vec<(usize, Behind)> = behind.iter().map(|(layer, change)| (now(*layer), *change)).collect();
+        let model = change_behind(&model, &behind)?;
         written.push(PrunedComponent {
             file: component.file.clone(),
             nodes_before: analysis.model.graph.body.nodes.len(),

@@ -6,7 +6,7 @@ use std::fmt;
 use crate::base::{Result, sha256_json};
 use crate::finetune::Settings;
 use crate::method::select::Strategy;
-use crate::method::{LayerRole, Plan};
+use crate::method::{LayerRole, Part, Plan};
 
 use super::super::comparison::parts;
 use super::super::stages::{Healing, Stages};
@@ -145,9 +145,14 @@ impl Maker<'_> {
 
         // Pruning and healing depend on the roles of the layers only, so strategies with equal roles share their steps.
         let drop = list(&plan.drop);
-        let pruned_step = format!("pruned-{drop}");
-        let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
-        let pruned = self.stages.prune(&pruned_step, &layers, &sweep.prune, &[("drop", &drop)])?;
+        let (pruned_step, layers) = match plan.part {
+            Part::Layer => {
+                (format!("pruned-{drop}"), Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop })
+            }
+            Part::Mlp => (format!("pruned-mlps-{drop}"), Drop::Mlps(&plan.drop)),
+        };
+        let pruned =
+            self.stages.prune(&pruned_step, &layers, (&sweep.prune, &sweep.calibration), &[("drop", &drop)])?;
         let settings = sweep.settings_of(recipe, seed)?;
         let (key, layers) = (roles(&plan)?, Layers::Planned(Box::new(plan.clone()), planned.digest));
         let healed = self.trained("healed", &pruned, layers, ("plan", key), settings)?;
@@ -204,7 +209,7 @@ impl Maker<'_> {
     ///
     /// Errors: as `Stages::heal`.
     pub fn again(&mut self, model: &TrainedModel) -> Result<Finished> {
-        self.stages.store.forget(&model.step)?;
+        self.stages.store.remove_step(&model.step)?;
         self.heal(model)
     }
 

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::base::{Cancel, Error, Provenance, Result, write_json};
+use crate::bundle::Bundle;
 use crate::eval::ModelScores;
 
 use super::comparison::{OtherScore, check_there, parts};
@@ -147,7 +148,10 @@ impl SweepRun<'_> {
         let (step, pruned) = (cell.pruned_step.as_str(), &cell.pruned);
         let stages = &mut self.maker.stages;
         let dropped = stages.answers(step, &pruned.path, &pruned.digest, &self.questions, &sweep.eval.settings)?;
-        let ideal = stages.dense.costs.without(&cell.plan.drop).speedup;
+        let ideal = match ideal_with_bridges(&pruned.path)? {
+            Some(speedup) => speedup,
+            None => stages.dense.costs.without_part(cell.plan.part, &cell.plan.drop).speedup,
+        };
         let timed = match sweep.bench.enabled {
             true => {
                 let report = stages.bench(step, &pruned.path, &pruned.digest, &sweep.bench.settings)?;
@@ -270,6 +274,12 @@ impl SweepRun<'_> {
         write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;
         Ok(table)
     }
+}
+
+/// The ideal speed-up of a pruned model that nodes were added to, those counted.
+fn ideal_with_bridges(model: &Path) -> Result<Option<f64>> {
+    let record = Bundle::open(model)?.record()?;
+    Ok(record.and_then(|record| record.provenance.settings.pointer("/compensation/ideal_speedup")?.as_f64()))
 }
 
 /// Losses on what is held back, over the seeds.

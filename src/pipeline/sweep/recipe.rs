@@ -11,7 +11,8 @@ use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
-use super::super::recipe::{BenchSection, Calibration, PruneSection, check_strategies, read_file};
+use super::super::prune_section::PruneSection;
+use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
 use super::super::steps::EvalSettings;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
@@ -170,6 +171,7 @@ impl Sweep {
         self.device.parse::<Device>()?;
         self.calibration.check()?;
         check_strategies("sweep", &self.strategies)?;
+        self.prune.check(&self.strategies)?;
         fn distinct<T: PartialEq + std::fmt::Display>(name: &str, values: &[T]) -> Result<()> {
             if values.is_empty() {
                 return Err(Error::invalid("sweep", format!("`{name}` is empty")).remedy("name at least one"));

@@ -276,8 +276,7 @@ fn sets_of(own: &mut Measuring, strategy: &Strategy) -> Result<Vec<Vec<usize>>> 
     let options = own.calibration.data_options(own.stages.part);
     let data = (own.calibration.data.as_path(), &options);
     let drawn = (own.calibration.samples, own.settings.seed, crate::method::FIT_TOKENS);
-    let mut meter =
-        Meter::open(&own.stages.bundle, strategy.measures, data, drawn, own.stages.device, own.stages.cancel)?;
+    let mut meter = Meter::open(&own.stages.bundle, strategy, data, drawn, own.stages.device, own.stages.cancel)?;
     for count in [layers / 2, layers / 3, layers / 4, 1] {
         let Some(plan) = plan(count.max(1), Some(&mut meter))? else { continue };
         let mut sets: Vec<Vec<usize>> = Vec::new();

@@ -29,12 +29,12 @@ pub(super) struct Spec {
     pub softmax: Option<Kind>,
     pub cast: Option<Kind>,
     /// Requests the scores as a second result.
-    pub scores: Option<Scores>,
+    pub scores: Option<QkOutputMode>,
 }
 
 /// Kind of scores that the node outputs.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Scores {
+pub(super) enum QkOutputMode {
     Raw,
     /// After the soft cap.
     Capped,
@@ -116,10 +116,10 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResul
     let probabilities = probabilities.f_to_kind(v.f_kind()?)?;
     let out = probabilities.f_matmul(&v)?;
     let scores = spec.scores.map(|which| match which {
-        Scores::Raw => raw,
-        Scores::Capped => capped,
-        Scores::Masked => masked,
-        Scores::Probabilities => probabilities,
+        QkOutputMode::Raw => raw,
+        QkOutputMode::Capped => capped,
+        QkOutputMode::Masked => masked,
+        QkOutputMode::Probabilities => probabilities,
     });
     Ok((out, scores))
 }
@@ -241,10 +241,10 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
     let wants_scores = b.wants(3);
     let scores = match (wants_scores, mode) {
         (false, _) => None,
-        (true, 0) => Some(Scores::Raw),
-        (true, 1) => Some(Scores::Capped),
-        (true, 2) => Some(Scores::Masked),
-        (true, 3) => Some(Scores::Probabilities),
+        (true, 0) => Some(QkOutputMode::Raw),
+        (true, 1) => Some(QkOutputMode::Capped),
+        (true, 2) => Some(QkOutputMode::Masked),
+        (true, 3) => Some(QkOutputMode::Probabilities),
         (true, mode) => return Err(OpError::new(format!("qk_matmul_output_mode {mode} is not supported"))),
     };
     let cast = b.autocast;

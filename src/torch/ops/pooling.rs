@@ -38,7 +38,7 @@ struct Placed {
 
 impl Placed {
     /// True when all windows are inside the input.
-    fn bare(&self) -> bool {
+    fn is_unpadded(&self) -> bool {
         self.before.iter().chain(&self.after).chain(&self.beyond).all(|&pad| pad == 0)
     }
 }
@@ -67,7 +67,7 @@ fn place(x: &Tensor, window: &Window, fill: f64, ceil: bool) -> OpResult<Placed>
         }
     }
     let mut placed = Placed { padded: x.shallow_clone(), kernel, strides, dilations, before, after, beyond };
-    if !placed.bare() {
+    if !placed.is_unpadded() {
         let behind: Vec<i64> = placed.after.iter().zip(&placed.beyond).map(|(after, beyond)| after + beyond).collect();
         placed.padded = x.f_pad(pad_list(&placed.before, &behind), "constant", fill)?;
     }
@@ -82,7 +82,7 @@ fn average_pool(b: &mut Build) -> OpResult<Kernel> {
         let x = args.get(0)?;
         let placed = place(x, &window, 0.0, ceil)?;
         let mean = mean_of_windows(&placed.padded, &placed)?;
-        if placed.bare() {
+        if placed.is_unpadded() {
             return Ok(mean);
         }
         // Fraction of each window that counts: the input, and the pads with `count_include_pad`.

@@ -93,10 +93,10 @@ impl Ranks {
     /// Errors: `Error::Invalid` for an incomplete environment; `Error::Engine` when the other
     /// processes cannot be reached.
     pub fn of_environment() -> Result<Option<Ranks>> {
-        Place::of(|name| env::var(name).ok().filter(|value| !value.is_empty()))?.map(Ranks::meet).transpose()
+        Place::of(|name| env::var(name).ok().filter(|value| !value.is_empty()))?.map(Ranks::connect).transpose()
     }
 
-    fn meet(place: Place) -> Result<Ranks> {
+    fn connect(place: Place) -> Result<Ranks> {
         let Place { rank, size, local_rank, .. } = place;
         let text = |text: &str| {
             CString::new(text).map_err(|_| Error::invalid("MASTER_ADDR", "holds a zero byte, an address is expected"))

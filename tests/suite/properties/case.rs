@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use interlace::ir::{self, AttributeKind, Body, DataType, Dim, Node, Value, ValueId, ValueType};
-use interlace::runtime::{Optimisation, Runtime, SessionOptions, Tensor as OrtTensor};
+use interlace::runtime::{Optimisation, Runtime, SessionOptions, TensorValue};
 use interlace::torch;
 use tch::{Kind, Tensor};
 
@@ -59,13 +59,13 @@ impl Case {
         let text = |e: interlace::base::Error| e.to_string();
         let model = self.reference.as_ref().unwrap_or(&self.model);
         let mut session = runtime.session_of(model, &PLAIN).map_err(text)?;
-        let tensors: Vec<(&str, OrtTensor)> = self
+        let tensors: Vec<(&str, TensorValue)> = self
             .feeds
             .iter()
-            .map(|(name, tensor)| Ok((name.as_str(), OrtTensor::from_ir(tensor)?)))
+            .map(|(name, tensor)| Ok((name.as_str(), TensorValue::from_ir(tensor)?)))
             .collect::<Result<_, _>>()
             .map_err(text)?;
-        let tensors: Vec<(&str, &OrtTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let tensors: Vec<(&str, &TensorValue)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let outputs = session.run(&tensors, None).map_err(text)?;
         outputs.iter().map(|(_, tensor)| tensor.to_ir().map_err(text)).collect()
     }

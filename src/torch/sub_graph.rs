@@ -22,7 +22,7 @@ pub(super) struct Ports {
 }
 
 /// A compiled sub-graph.
-pub struct Block {
+pub struct CompiledSubGraph {
     steps: Vec<CompiledNode>,
     ports: Ports,
     constants: Vec<(Slot, Tensor)>,
@@ -32,7 +32,7 @@ pub struct Block {
     device: Device,
 }
 
-impl Block {
+impl CompiledSubGraph {
     pub(super) fn new(
         steps: Vec<CompiledNode>,
         ports: Ports,
@@ -52,11 +52,11 @@ impl Block {
                 frees[number].push(slot);
             }
         }
-        Block { steps, ports, constants, captures, frees, device }
+        CompiledSubGraph { steps, ports, constants, captures, frees, device }
     }
 }
 
-impl SubGraph for Block {
+impl SubGraph for CompiledSubGraph {
     fn input_count(&self) -> usize {
         self.ports.inputs.len()
     }

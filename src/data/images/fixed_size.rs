@@ -11,11 +11,11 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{BackEnd, Filter, Scaler};
-use super::rule::{CLIP, HALVES, ImageLayout, Processed, Rule, frames};
-use super::settings::{Settings, Size};
+use super::rule::{CLIP, HALVES, ImageLayout, ImageRule, Processed, frames};
+use super::settings::{ProcessorSettings, Size};
 
 #[derive(Debug)]
-pub(super) struct Fixed {
+pub(super) struct FixedSize {
     square_first: bool,
     size: Option<Size>,
     crop: Option<[usize; 2]>,
@@ -24,21 +24,26 @@ pub(super) struct Fixed {
     back_end: BackEnd,
 }
 
-impl Fixed {
-    pub fn clip(settings: &mut Settings) -> Result<Self> {
+impl FixedSize {
+    pub fn clip(settings: &mut ProcessorSettings) -> Result<Self> {
         Self::new(settings, Size::ShortestEdge(224), true, CLIP)
     }
 
-    pub fn llava(settings: &mut Settings) -> Result<Self> {
+    pub fn llava(settings: &mut ProcessorSettings) -> Result<Self> {
         let square_first = settings.bool("do_pad", false)?;
-        Ok(Fixed { square_first, ..Self::clip(settings)? })
+        Ok(FixedSize { square_first, ..Self::clip(settings)? })
     }
 
-    pub fn siglip(settings: &mut Settings) -> Result<Self> {
+    pub fn siglip(settings: &mut ProcessorSettings) -> Result<Self> {
         Self::new(settings, Size::Exact { height: 224, width: 224 }, false, HALVES)
     }
 
-    fn new(settings: &mut Settings, size: Size, crop: bool, (mean, std): ([f64; 3], [f64; 3])) -> Result<Self> {
+    fn new(
+        settings: &mut ProcessorSettings,
+        size: Size,
+        crop: bool,
+        (mean, std): ([f64; 3], [f64; 3]),
+    ) -> Result<Self> {
         let resize = settings.bool("do_resize", true)?;
         let square = settings.bool("default_to_square", false)?;
         let size = settings.size_of("size", square)?.unwrap_or(size);
@@ -48,7 +53,7 @@ impl Fixed {
         }
         let crop = settings.bool("do_center_crop", crop)?;
         let crop_size = settings.rectangle("crop_size", [224, 224])?;
-        Ok(Fixed {
+        Ok(FixedSize {
             square_first: false,
             size: resize.then_some(size),
             crop: crop.then_some(crop_size),
@@ -59,7 +64,7 @@ impl Fixed {
     }
 }
 
-impl Rule for Fixed {
+impl ImageRule for FixedSize {
     fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
         let padded = if self.square_first { picture.in_square(self.levels.background())? } else { picture.clone() };
         let scaled = match self.size {

@@ -6,7 +6,7 @@ use super::order;
 
 /// A part of the optimiser steps: all of a run, or those of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct StepRange {
     /// Steps of the run before this part.
     pub before: u64,
     pub steps: u64,
@@ -14,11 +14,11 @@ pub struct Part {
     pub total: u64,
 }
 
-impl Part {
+impl StepRange {
     /// All steps of a run that trains all layers together.
     pub fn whole(settings: &Settings, samples: usize) -> Self {
         let steps = steps(settings, samples);
-        Part { before: 0, steps, total: steps }
+        StepRange { before: 0, steps, total: steps }
     }
 
     /// One part for each of `layers` layers. With `max_steps` the layers divide these steps equally; otherwise every
@@ -30,7 +30,9 @@ impl Part {
             Some(_) => total * layer as u64 / layers.max(1) as u64,
             None => steps * layer as u64,
         };
-        (0..layers).map(|layer| Part { before: until(layer), steps: until(layer + 1) - until(layer), total }).collect()
+        (0..layers)
+            .map(|layer| StepRange { before: until(layer), steps: until(layer + 1) - until(layer), total })
+            .collect()
     }
 
     /// Steps of the run at the end of this part.
@@ -89,9 +91,9 @@ mod tests {
             s.schedule.epochs = 2;
         });
         let ends = |settings: &Settings| -> Vec<(u64, u64)> {
-            let parts = Part::each(settings, 10, 3);
-            assert!(parts.iter().all(|part| part.total == parts[2].end()));
-            parts.iter().map(|part| (part.before, part.end())).collect()
+            let ranges = StepRange::each(settings, 10, 3);
+            assert!(ranges.iter().all(|range| range.total == ranges[2].end()));
+            ranges.iter().map(|range| (range.before, range.end())).collect()
         };
         assert_eq!(ends(&settings), [(0, 6), (6, 12), (12, 18)]);
         assert_eq!(ends(&settings.clone().with(|s| s.schedule.max_steps = Some(7))), [(0, 2), (2, 4), (4, 7)]);
@@ -102,6 +104,6 @@ mod tests {
         };
         assert_eq!((trial(4, 1), trial(8, 1), trial(40, 1)), ((1, 0), (1, 1), (7, 3)));
         assert_eq!((trial(4000, 1), trial(4000, 3)), ((32, 4), (96, 4)));
-        assert_eq!(Part::whole(&settings, 10), Part { before: 0, steps: 6, total: 6 });
+        assert_eq!(StepRange::whole(&settings, 10), StepRange { before: 0, steps: 6, total: 6 });
     }
 }

@@ -1,0 +1,85 @@
+//! The components under their own names, for engines that read ONNX files: OpenVINO and tract.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use crate::base::{Result, sha256_file};
+use crate::bundle::{Bundle, Component};
+use crate::ir::{Body, Model, Node, ValueId};
+use crate::onnx::{self, Storage};
+
+use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
+use super::configs::{object, pretty, with_chunks};
+use super::record::{ExportSettings, ExportedModel, Written};
+
+/// The folder for OpenVINO, which takes the graphs as they are.
+///
+/// Errors: as [`write`].
+pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    write(bundle, settings, root, |_| {})
+}
+
+/// The folder for tract, which does not unify the free sizes that exporters note on inner values.
+///
+/// Errors: as [`write`].
+pub(super) fn tract(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    let settings = ExportSettings { standard_ops: true, ..settings.clone() };
+    write(bundle, &settings, root, without_inner_types)
+}
+
+/// Writes the model's folder anew into `root`. Without a requested variant all variants are written.
+///
+/// Errors: as `convert` and `onnx::save`.
+fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, change: fn(&mut Model)) -> Result<Written> {
+    let components: Vec<&Component> = match &settings.variant {
+        Some(variant) => chosen(bundle, Some(variant))?,
+        None => bundle.components().iter().collect(),
+    };
+    let (mut models, mut chunks, mut files) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    for component in components {
+        let mut model = onnx::load(&bundle.path_of(component))?;
+        convert(&component.file, &mut model, settings)?;
+        change(&mut model);
+        let path = root.join(&component.file);
+        let folder = path.parent().unwrap_or(root);
+        create(folder)?;
+        let name = component.file.rsplit('/').next().unwrap_or(&component.file);
+        let storage = match component.external.is_empty() {
+            true => Storage::Inline,
+            false => Storage::External { file_name: format!("{name}_data"), chunk_bytes: None },
+        };
+        let data = onnx::save(&model, &path, &storage)?;
+        if !data.is_empty() {
+            chunks.insert(name.to_string(), data.len());
+        }
+        let size_bytes = size_of(folder, data.iter().map(String::as_str).chain([name]))?;
+        models.insert(component.file.clone(), ExportedModel::new(component, &model, size_bytes));
+    }
+    const CONFIG: &str = "config.json";
+    if let Some(mut config) = object(bundle, CONFIG)? {
+        with_chunks(&mut config, &chunks);
+        write_text(&root.join(CONFIG), &pretty(&config)?)?;
+        files.insert(CONFIG.to_string(), sha256_file(&root.join(CONFIG))?);
+    }
+    for asset in bundle.assets().iter().filter(|asset| is_carried(asset) && asset.file != CONFIG) {
+        copy(bundle, asset, root, asset.file.clone(), &mut files)?;
+    }
+    Ok(Written { settings: settings.clone(), models, files, notes: Vec::new(), inputs: BTreeMap::new(), weights: None })
+}
+
+/// Removes the noted types of all values but inputs, outputs and weights.
+fn without_inner_types(model: &mut Model) {
+    let mut kept: HashSet<ValueId> = HashSet::new();
+    declared(&model.graph.body, &mut kept);
+    for (index, value) in model.graph.values.iter_mut().enumerate() {
+        if !kept.iter().any(|id| id.index() == index) {
+            value.ty = None;
+        }
+    }
+}
+
+fn declared(body: &Body, kept: &mut HashSet<ValueId>) {
+    kept.extend(body.inputs.iter().chain(&body.outputs));
+    kept.extend(body.initializers.iter().map(|(id, _)| *id));
+    body.nodes.iter().flat_map(Node::bodies).for_each(|inner| declared(inner, kept));
+}
