@@ -357,7 +357,7 @@ fn stored_picture_budgets_have_the_effect_of_their_flags() {
     let all = json("families.json");
     let mut png = std::io::Cursor::new(Vec::new());
     let pixel = |x: u32, y: u32| image::Rgb([x as u8, y as u8, (x * y) as u8]);
-    image::RgbImage::from_fn(900, 600, pixel).write_to(&mut png, image::ImageFormat::Png).unwrap();
+    image::RgbImage::from_fn(450, 300, pixel).write_to(&mut png, image::ImageFormat::Png).unwrap();
     let picture = ImageBytes::held("a picture", png.into_inner());
     let counts = all["families"].as_array().unwrap().par_iter().map(|family| {
         let name = family["name"].as_str().unwrap().to_string();
@@ -366,7 +366,7 @@ fn stored_picture_budgets_have_the_effect_of_their_flags() {
         let pictures = std::slice::from_ref(&picture);
         let budgets = picture_budgets(&bundle, &picture).unwrap();
         let target = tempfile::tempdir().unwrap();
-        for (number, budget) in budgets.iter().enumerate() {
+        for (number, budget) in budgets.iter().enumerate().filter(|(number, _)| [0, budgets.len() - 1].contains(number)) {
             let want = Processor::open_with(&bundle, &budget.settings).unwrap().images("x", pictures).unwrap();
             let path = target.path().join(number.to_string());
             let mut writer = BundleWriter::create(&bundle, &path).unwrap();

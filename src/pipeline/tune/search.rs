@@ -299,6 +299,7 @@ impl Search<'_, '_> {
             }
             margin = MARGIN / self.least_excess(report)?.max(1.0) * margin;
         }
+        report.notes.extend(drift(report));
         let Some(number) = report.chosen else { return Err(missed(&self.tune.targets, report)?) };
         let model = made.get(&report.candidates[number].plan.point).map(|model| model.path.clone()).unwrap_or_default();
         self.write(&model, report, output)
@@ -467,6 +468,18 @@ fn unreachable(targets: &[Target], predictor: &Predictor) -> Result<Error> {
     .remedy("set a weaker target, or make the rest cheaper: a smaller precision, a faster device"))
 }
 
+/// A note where the whole model's time to the first token is no longer that of the stored costs, by more than a tenth.
+fn drift(report: &TuneReport) -> Option<String> {
+    let then = report.whole.predicted.ttft_ms;
+    let now = report.candidates.last()?.whole_measured.ttft_ms;
+    ((now / then - 1.0).abs() > 0.1).then(|| {
+        format!(
+            "the whole model takes {now:.1} ms to the first token now and took {then:.1} ms when costs were measured: the \
+             machine's load has changed, so predicted times are off by as much; measure again in a new `--work` folder"
+        )
+    })
+}
+
 /// The error for candidates of which none is within the limits by measurement.
 fn missed(targets: &[Target], report: &TuneReport) -> Result<Error> {
     let shown = targets.iter().map(Target::shown).collect::<Result<Vec<_>>>()?.join(" and ");
@@ -481,9 +494,10 @@ fn missed(targets: &[Target], report: &TuneReport) -> Result<Error> {
     Ok(Error::invalid(
         format!("target of {shown}"),
         format!(
-            "{} models were made that should meet it, and none does by measurement: the best is {}",
+            "{} models were made that should meet it, and none does by measurement: the best is {}{}",
             report.candidates.len(),
-            nearest.join(" and ")
+            nearest.join(" and "),
+            drift(report).map(|note| format!(" ({note})")).unwrap_or_default()
         ),
     )
     .remedy("set a weaker target, or measure again in a new `--work` folder when the machine is less busy"))
