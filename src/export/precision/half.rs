@@ -1,5 +1,6 @@
 //! Half precision: weights and activations in f16, inputs and outputs in f32.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use half::f16;
@@ -96,9 +97,9 @@ impl Converter<'_> {
         }
         let outputs: Vec<ValueId> = body.outputs.iter().copied().filter(|&id| self.is_float(id)).collect();
         for &id in &outputs {
-            if !narrow.contains_key(&id) {
+            if let Entry::Vacant(entry) = narrow.entry(id) {
                 let inner = self.fresh(graph, id, "half", DataType::Float16);
-                narrow.insert(id, inner);
+                entry.insert(inner);
                 if let Some(&why) = self.kept.get(&id) {
                     self.kept.insert(inner, why);
                 }
