@@ -51,6 +51,9 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
     };
     done.kept_operators = operators.into_iter().map(row).collect();
     done.clamped_numbers = clamped;
+    // Constants that only operators in float32 read are there in float32 alone.
+    let names = super::constant_names(&done.model);
+    done.quantised.retain(|tensor| names.contains(&tensor.name));
     Ok(done)
 }
 
