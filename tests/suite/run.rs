@@ -20,7 +20,7 @@ fn recipe(learning_rate: &str) -> String {
         calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         plan = {{ drop_count = 2, strategies = ["interlace", "angular"] }}
         bench = {{ enabled = false }}
-        export = {{ targets = ["triton"] }}
+        export = {{ targets = ["triton", "genai", "generate", "openvino"] }}
         [finetune]
         data = "{data}"
         samples = 8
@@ -73,6 +73,14 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     assert_eq!(history[1]["step"], "finetune");
     let manifest = read(&out.join("manifest.json"));
     assert!(manifest["files"]["healed-interlace/onnx/decoder_model_merged.onnx_data"].is_string());
+    for (target, file) in [
+        ("triton", "generate_stream/1/model.py"),
+        ("genai", "genai_config.json"),
+        ("generate", "onnx/generate.onnx"),
+        ("openvino", "onnx/vision_encoder.onnx"),
+    ] {
+        assert!(out.join(target).join(file).is_file(), "{target}");
+    }
     let state = fs::read(out.join("state.json")).expect("state");
 
     let again = interlace(here, &["run", "recipe.toml"]);
