@@ -55,14 +55,14 @@ pub struct Args {
     /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
-    #[command(flatten)]
-    triton: TritonArgs,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
     #[arg(long, value_name = "FILE")]
     report: Vec<PathBuf>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
+    #[command(flatten)]
+    triton: TritonArgs,
 }
 
 /// How Triton runs the models.
