@@ -14,6 +14,7 @@ pub mod export;
 #[allow(clippy::too_many_lines)]
 pub mod finetune;
 pub mod graft;
+pub mod hub;
 pub mod ir;
 pub mod method;
 pub mod onnx;

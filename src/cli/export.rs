@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use crate::base::human_bytes;
-use crate::bundle::Bundle;
+use crate::base::{Error, human_bytes};
+use crate::bundle::{Bundle, ModelSource};
+use crate::checkpoint::checkpoint_on_disk;
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
-use super::args::amount;
+use super::args::{amount, model};
 use super::context::{Context, Outcome};
 use super::output::table;
 
@@ -14,7 +15,7 @@ use super::output::table;
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace export model/ --to triton -o model_repository/")]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
@@ -52,13 +53,17 @@ fn targets_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
+    let variants = args.variant.as_deref().map(str::parse).transpose();
+    let variants = variants.map_err(|problem: String| Error::invalid("`--variant`", problem))?;
+    let bundle = Bundle::open(ModelSource::find(&args.model, variants, &context.cancel)?.path())?;
+    let base = args.base.map(|base| checkpoint_on_disk(&base, &context.cancel)).transpose()?;
+    let dense = args.dense.map(|dense| model(&dense, context)).transpose()?;
     let settings = ExportSettings {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
-        base: args.base,
-        dense: args.dense,
+        base,
+        dense: dense.map(|dense| dense.path().to_path_buf()),
         reports: args.report,
         shard_bytes: args.shard_size,
     };

@@ -60,7 +60,8 @@ pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Resul
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
-            .with_variants("model", bundle.chosen_variants()),
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,

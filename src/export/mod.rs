@@ -13,6 +13,7 @@ use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
+use crate::hub::commit_of;
 
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
@@ -117,7 +118,10 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
     let model = bundle.digest()?;
     let (scores, reports) = manifest::scores(&settings.reports, &model)?;
     inputs.insert("model".to_string(), model);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?;
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?
+        .with_hub("model", bundle.hub_name())
+        .with_hub("base", settings.base.as_deref().and_then(commit_of))
+        .with_hub("dense", settings.dense.as_deref().and_then(commit_of));
     let size = ExportManifest::size_bytes(staged.path())?;
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;

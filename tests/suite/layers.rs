@@ -15,7 +15,7 @@ pub const LAYERS: &[&[&str]] = &[
     &["prompt", "rewrite", "bundle", "checkpoint"],
     &["analysis"],
     &["onnx"],
-    &["ir"],
+    &["ir", "hub"],
     &["base"],
 ];
 
@@ -36,7 +36,8 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("arrow", &["data"]),
     ("safetensors", &["data", "checkpoint"]),
     ("zip", &["data"]),
-    ("ureq", &["eval"]),
+    ("ureq", &["base", "eval", "hub"]),
+    ("sha1", &["hub"]),
     ("image", &["data"]),
     ("mozjpeg_sys", &["data"]),
     ("prost", &["export"]),

@@ -19,6 +19,7 @@ mod generate;
 mod generation;
 mod graft;
 mod hostile;
+mod hub;
 mod inspections;
 mod interpreter;
 mod judge;
