@@ -21,6 +21,7 @@ pub mod onnx;
 pub mod pipeline;
 pub mod prompt;
 pub mod quantised;
+pub mod report;
 pub mod rewrite;
 pub mod runtime;
 pub mod torch;

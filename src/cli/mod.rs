@@ -17,6 +17,7 @@ mod output;
 mod plan;
 mod prune;
 mod ranks;
+mod report;
 mod run;
 mod schema;
 mod score;
@@ -68,6 +69,7 @@ enum Verb {
     Graft(graft::Args),
     Run(run::Args),
     Sweep(sweep::Args),
+    Report(report::Args),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
     #[command(hide = true)]
@@ -86,7 +88,7 @@ pub fn main(torch: RunTorchVerb) -> ! {
                 output::print_error(&error.into(), json);
                 end(2)
             });
-            report(json, dispatch(cli, torch))
+            exit_code(json, dispatch(cli, torch))
         }
         // Help and version are not errors; clap prints them to standard output.
         Err(error) => match error.print() {
@@ -122,7 +124,7 @@ pub fn verbs() -> Vec<(String, String)> {
 }
 
 /// Exit code of a verb's result. Prints an error.
-fn report(json: bool, result: anyhow::Result<Outcome>) -> i32 {
+fn exit_code(json: bool, result: anyhow::Result<Outcome>) -> i32 {
     match result {
         Ok(Outcome::Done) => 0,
         Ok(Outcome::GateFailed) => 1,
@@ -160,6 +162,7 @@ impl Verb {
             Verb::Export(_) => "exporting the model",
             Verb::Graft(_) => "writing weights into the graphs",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
+            Verb::Report(_) => "writing the report",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
         }
@@ -201,6 +204,7 @@ fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::R
         Verb::Graft(args) => graft::run(args, context),
         Verb::Run(args) => run_torch(TorchVerb::Run(args), context),
         Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
+        Verb::Report(args) => report::run(args, context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),
         Verb::Man(args) => shell::man(args, Cli::command(), context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),

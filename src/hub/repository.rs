@@ -64,6 +64,7 @@ impl Repository {
         }
         if let Some(tree) = known.map(|commit| cache.found(&commit)).transpose()?.flatten() {
             cache.create()?;
+            notice(format!("`{name}`: the files of the cache are known, and no others that the hub may have"));
             return make(client, tree, false);
         }
         let problem =
@@ -147,11 +148,6 @@ impl Repository {
             Download { client, name, commit, file, blob, lock, progress: &progress, cancel }.run()?;
         }
         Ok(())
-    }
-
-    /// True when every file of the commit is known.
-    pub fn is_whole(&self) -> bool {
-        self.whole
     }
 }
 

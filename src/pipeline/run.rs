@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, sha256_file, write_json};
+use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
 use crate::bundle::{Bundle, Variants, model_on_disk};
 use crate::checkpoint::{Checkpoint, checkpoint_on_disk};
 use crate::data::Dataset;
-use crate::eval::{Compared, ModelBench, ModelScores};
+use crate::eval::{BenchReport, Compared, ModelBench, ModelScores};
 use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
@@ -337,6 +337,21 @@ impl RecipeRun<'_> {
 fn how_many(plan: &PlanSection) -> HowMany {
     // `Recipe::read` has checked that there is one.
     plan.amounts().into_iter().flatten().next().map_or(HowMany::DropCount(0), |(_, amount)| amount)
+}
+
+/// A model's answers to all benchmarks of a finished run, by its name in the table; `None` when the folder lacks them.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_answers(folder: &Path, benchmarks: &[PathBuf], model: &str) -> Result<Option<ModelScores>> {
+    super::stages::stored_answers(folder, benchmarks, &slug(model))
+}
+
+/// The speed measurement of a model of a finished run, by its name in the table; `None` when the folder lacks it.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_bench(folder: &Path, model: &str) -> Result<Option<BenchReport>> {
+    let path = folder.join(format!("bench-{}.json", slug(model)));
+    path.exists().then(|| read_json(&path, BenchReport::SCHEMA_VERSION)).transpose()
 }
 
 /// A label in a form that is valid in file names.

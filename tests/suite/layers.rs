@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 pub const LAYERS: &[&[&str]] = &[
     &["bin"],
     &["cli"],
+    &["report"],
     &["pipeline"],
     &["method", "finetune", "eval", "export"],
     &["data", "runtime", "torch", "graft"],

@@ -34,6 +34,7 @@ mod properties;
 mod published;
 mod ranks;
 mod refusals;
+mod report;
 mod run;
 mod schemas;
 mod speed;
