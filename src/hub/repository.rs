@@ -27,7 +27,7 @@ impl Repository {
     /// Finds the commit of the revision and its files: in the cache when it is a commit that was asked for before, or
     /// with `HF_HUB_OFFLINE`; on the hub otherwise, and in the cache when the hub is out of reach.
     ///
-    /// Errors: as [`Environment::read`]; `Error::Invalid` when the hub does not give the model, gives a list that is none,
+    /// Errors: as `Environment::read`; `Error::Invalid` when the hub does not give the model, gives a list that is none,
     /// or is out of reach or forbidden and the cache does not have it; `Error::Io`; `Error::Interrupted`.
     pub fn open(name: &HubName, cancel: &Cancel) -> Result<Self> {
         let environment = Environment::read()?;
