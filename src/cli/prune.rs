@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, list_preview, sha256_file};
-use crate::bundle::{Bundle, Deepstack, TapChange, Tower};
+use crate::bundle::{Deepstack, TapChange, Tower};
 use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
 use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
 
-use super::args::{LayerList, positive};
+use super::args::{LayerList, model, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{Output, table};
@@ -22,7 +22,7 @@ use super::output::{Output, table};
     interlace prune model/ --plan plan.json --compensate linear --data train.parquet -o pruned/")]
 #[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop", "drop_mlps"])))]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Drop the layers of this plan, which `interlace plan` wrote for the model
     #[arg(long, value_name = "FILE")]
@@ -92,7 +92,7 @@ enum DeepstackRule {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
+    let bundle = model(&args.model, context)?.open()?;
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
     let layers = args.drop.as_ref().map_or(&[][..], |list| list.0.as_slice());
     let mlps = args.drop_mlps.as_ref().map(|list| list.0.as_slice());

@@ -70,7 +70,8 @@ pub fn verify(
     let settings = serde_json::json!({ "device": runtime.device().to_string(), "max_buffer_bytes": max_buffer });
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
-            .with_variants("model", bundle.chosen_variants()),
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,

@@ -18,6 +18,7 @@ use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
+use crate::hub::commit_of;
 
 pub use precision::{
     Calibration, KeptOperators, KeptTensor, PRECISIONS, Precision, PrecisionReport, PrecisionRequest,
@@ -220,7 +221,10 @@ fn export_quantised(
     let model = bundle.digest()?;
     let (scores, reports) = manifest::scores(&settings.reports, &model)?;
     inputs.insert("model".to_string(), model);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?;
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?
+        .with_hub("model", bundle.hub_name())
+        .with_hub("base", settings.base.as_deref().and_then(commit_of))
+        .with_hub("dense", settings.dense.as_deref().and_then(commit_of));
     let size = ExportManifest::size_bytes(staged.path())?;
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;

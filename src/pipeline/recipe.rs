@@ -12,6 +12,7 @@ use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
+use crate::hub::HubName;
 use crate::method::{ModalityWeights, check_weights};
 
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
@@ -23,7 +24,7 @@ use super::strategies::AutoSection;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The dense model: a folder, or one `.onnx` decoder.
+    /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
     /// Folder for everything that the run makes; `run -o` overrides it.
     pub output: PathBuf,
@@ -198,7 +199,7 @@ impl Default for BenchSection {
 pub struct ExportSection {
     /// Names of targets, as `export --to` takes them.
     pub targets: Vec<String>,
-    /// Checkpoint that the dense model was exported from, for the target `safetensors`.
+    /// Checkpoint that the dense model was exported from, a folder or `hf:OWNER/NAME[@REVISION]`, for the target `safetensors`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,
 }
@@ -313,11 +314,12 @@ impl Recipe {
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
-        resolve(&mut recipe.model);
+        let resolve_model = |path: &mut PathBuf| *path = HubName::or_in(folder, path);
+        resolve_model(&mut recipe.model);
         resolve(&mut recipe.output);
         resolve(&mut recipe.calibration.data);
         resolve(&mut recipe.finetune.data);
-        recipe.export.base.iter_mut().for_each(resolve);
+        recipe.export.base.iter_mut().for_each(resolve_model);
         recipe.eval.benchmarks.iter_mut().for_each(resolve);
         recipe.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(recipe)

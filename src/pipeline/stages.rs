@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
+use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, refuse_hub_cache, write_json};
 use crate::bundle::{Bundle, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
@@ -75,6 +75,7 @@ impl<'a> Stages<'a> {
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
         let bundle = Bundle::open(model)?;
+        refuse_hub_cache(folder)?;
         bundle.check_output(folder)?;
         let store = RunStore::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
@@ -428,6 +429,22 @@ fn opened(engine: &mut Option<Engine>, device: Device) -> Result<&mut Engine> {
         Some(engine) => engine,
         slot => slot.insert(Engine::new(device)?),
     })
+}
+
+/// The answers that `Stages::answers` kept in a run's folder, merged; `None` when one of its files is not there.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_answers(folder: &Path, benchmarks: &[PathBuf], label: &str) -> Result<Option<ModelScores>> {
+    let mut scores = Vec::new();
+    for benchmark in benchmarks {
+        let path = folder.join(format!("{}.json", eval_step(benchmark, label)));
+        if !path.exists() {
+            return Ok(None);
+        }
+        let report: EvalReport = read_json(&path, EvalReport::SCHEMA_VERSION)?;
+        scores.push(report.model);
+    }
+    Ok((!scores.is_empty()).then(|| merged(&scores)))
 }
 
 fn eval_step(benchmark: &Path, label: &str) -> String {

@@ -236,6 +236,15 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     assert_eq!((done, counts()), (6, (3, 0, 12)), "{}", stderr(&more));
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
+    let page = interlace(here, &["report", out.to_str().expect("a path"), "-o", "page.html"]);
+    assert_eq!(page.status.code(), Some(0), "{}", stderr(&page));
+    let text = fs::read_to_string(here.join("page.html")).expect("a page");
+    for row in read(&out.join("sweep.json"))["rows"].as_array().expect("rows") {
+        assert!(text.contains(&format!("<td>{:.2}</td>", row["speedup"].as_f64().expect("a speed-up"))));
+    }
+    for part in ["Kept percent over speed-up", "a sweep keeps averages over groups", "dense model</dt>"] {
+        assert!(text.contains(part), "{part}");
+    }
 
     // Now the models are requested: they are healed again, with the same result.
     let steps = || read(&out.join("state.json"))["steps"].as_object().expect("steps").clone();

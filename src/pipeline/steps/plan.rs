@@ -251,7 +251,7 @@ pub fn plan(
     if let Some(error) = model.refusal(strategy.drops, &dropped) {
         return Err(error);
     }
-    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?;
+    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?.with_hub("model", model.bundle.hub_name());
     let plan = Plan::new(provenance, strategy.name, strategy.drops, num_layers, groups)?;
     Ok(Plan { samples, left_out, ..plan })
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Error, Result};
 use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
+use crate::hub::HubName;
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::super::prune_section::PruneSection;
@@ -20,7 +21,7 @@ use super::super::strategies::check_strategies;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sweep {
-    /// The dense model: a folder, or one `.onnx` decoder.
+    /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
     /// Folder for everything that the sweep makes; `sweep -o` overrides it.
     pub output: PathBuf,
@@ -159,7 +160,8 @@ impl Sweep {
         let mut sweep: Sweep = toml::from_str(text).map_err(|e| Error::invalid("sweep", e.to_string().trim_end()))?;
         sweep.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
-        resolve(&mut sweep.model);
+        let resolve_model = |path: &mut PathBuf| *path = HubName::or_in(folder, path);
+        resolve_model(&mut sweep.model);
         resolve(&mut sweep.output);
         resolve(&mut sweep.calibration.data);
         resolve(&mut sweep.finetune.data);
