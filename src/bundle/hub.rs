@@ -11,7 +11,7 @@ use super::assets::{self, AssetKind};
 use super::card::is_card;
 use super::component::Component;
 use super::components;
-use super::layout::{LAYOUTS, Layout, Role};
+use super::layout::{LAYOUTS, FolderLayout, Role};
 use super::listing::Listing;
 use super::variants::{ROLES, Variants};
 use super::{MANIFEST_FILE, is_external_data_of};
@@ -66,7 +66,7 @@ fn is_needed(file: &str) -> bool {
 }
 
 /// The graph of each component in its variant.
-fn graphs(layout: &Layout, snapshot: &Path, listing: &Listing, variants: &Variants) -> Result<Vec<Component>> {
+fn graphs(layout: &FolderLayout, snapshot: &Path, listing: &Listing, variants: &Variants) -> Result<Vec<Component>> {
     let found = components::find(layout, snapshot, listing)?;
     let mut graphs = Vec::new();
     for &role in ROLES.iter().chain(CARRIED) {
