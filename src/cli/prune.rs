@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, list_preview, sha256_file};
-use crate::bundle::{Deepstack, TapChange, Tower};
+use crate::bundle::{Bundle, Deepstack, TapChange, Tower};
 use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
 use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
