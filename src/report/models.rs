@@ -179,7 +179,7 @@ pub fn pareto(run: &RunFolder) -> Made {
         contenders.iter().zip(&on_front).filter(|(_, front)| **front).map(|(own, _)| own.name.as_str()).collect();
     let description = format!("On the front: {}.", best.join("; "));
     let title = "Kept percent over speed-up";
-    let caption = Caption { title, description, x: speed, y: "kept of the dense model, percent" };
+    let caption = Caption { title, description, x: speed, y: "kept, percent" };
     let mut rows = vec![["model", "speed-up", "kept %", "on the front"].map(String::from).to_vec()];
     for (own, front) in contenders.iter().zip(&on_front) {
         let front = if *front { "yes" } else { "no" };
