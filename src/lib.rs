@@ -14,12 +14,14 @@ pub mod export;
 #[allow(clippy::too_many_lines)]
 pub mod finetune;
 pub mod graft;
+pub mod hub;
 pub mod ir;
 pub mod method;
 pub mod onnx;
 pub mod pipeline;
 pub mod prompt;
 pub mod quantised;
+pub mod report;
 pub mod rewrite;
 pub mod runtime;
 pub mod torch;

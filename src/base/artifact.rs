@@ -25,6 +25,9 @@ pub struct Provenance {
     /// Precision variants that were chosen with `--variant`, by the name of the input (`model`, `baseline`).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub variants: BTreeMap<String, String>,
+    /// Name on the hub and commit, `hf:OWNER/NAME@COMMIT`, of each input that is from there, by the name of the input.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub hub: BTreeMap<String, String>,
 }
 
 impl Provenance {
@@ -42,7 +45,14 @@ impl Provenance {
             inputs,
             settings: serde_json::to_value(settings).map_err(|e| Error::invalid("settings", e.to_string()))?,
             variants: BTreeMap::new(),
+            hub: BTreeMap::new(),
         })
+    }
+
+    /// The same, with an input's name on the hub; unchanged for an input that is not from there.
+    pub fn with_hub(mut self, input: &str, name: Option<String>) -> Self {
+        self.hub.extend(name.map(|name| (input.to_string(), name)));
+        self
     }
 
     /// The same, with the variants of an input; unchanged without any.

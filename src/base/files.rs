@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use memmap2::Mmap;
 
 use super::error::{Error, Result};
+use super::paths::refuse_hub_cache;
 use super::staging::{folder_of, hold, temporary_of};
 use super::text::shortened;
 
@@ -33,6 +34,7 @@ pub fn free_disk_bytes(path: &Path) -> Result<u64> {
 ///
 /// Errors: `Error::Invalid` when its folder does not exist or is a file, or when `path` is a folder.
 pub fn check_output_file(path: &Path) -> Result<()> {
+    refuse_hub_cache(path)?;
     let folder = folder_of(path);
     if !folder.exists() {
         return Err(
@@ -48,26 +50,6 @@ pub fn check_output_file(path: &Path) -> Result<()> {
             .remedy("name a file in it"));
     }
     Ok(())
-}
-
-/// `path` without links, `.` and `..`, as far as its folders exist; the rest of it is resolved by its text.
-///
-/// Errors: `Error::Io` when the current folder cannot be read.
-pub fn resolved_path(path: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(path).map_err(|e| Error::io("read", path, e))?;
-    let mut real = PathBuf::new();
-    for part in absolute.components() {
-        match part {
-            Component::ParentDir => {
-                real.pop();
-            }
-            part => real.push(part),
-        }
-        if let Ok(place) = fs::canonicalize(&real) {
-            real = place;
-        }
-    }
-    Ok(real)
 }
 
 /// A read-only memory map of a whole file.
@@ -215,10 +197,13 @@ impl Drop for AtomicFile {
     }
 }
 
-/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or below it. Both paths are canonical.
+/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or `REPO/.interlace/SELECTION`, or below it. Both
+/// paths are canonical.
 fn is_hub_blob(folder: &Path, file: &Path) -> bool {
-    let snapshots =
-        folder.ancestors().skip(1).find(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
+    let snapshots = folder
+        .ancestors()
+        .skip(1)
+        .find(|parent| parent.file_name().is_some_and(|name| name == "snapshots" || name == ".interlace"));
     let blobs = snapshots.and_then(Path::parent).map(|repository| repository.join("blobs"));
     blobs.is_some_and(|blobs| file.parent() == Some(&blobs))
 }
@@ -226,7 +211,7 @@ fn is_hub_blob(folder: &Path, file: &Path) -> bool {
 /// Resolves a path from an untrusted file, relative to `folder`.
 ///
 /// A symbolic link may leave the folder only in the layout of the Hugging Face cache: from `REPO/snapshots/REVISION`
-/// into `REPO/blobs`.
+/// or `REPO/.interlace/SELECTION` into `REPO/blobs`.
 ///
 /// Errors: `Error::Invalid` for an absolute path, a `..` component or another link that leaves the folder; `Error::Io`
 /// when the file does not exist.
@@ -292,24 +277,6 @@ mod tests {
         ] {
             let error = check_output_file(&root.path().join(bad)).unwrap_err().to_string();
             assert!(error.contains(want), "{bad}: {error}");
-        }
-    }
-
-    #[test]
-    fn paths_are_resolved_as_far_as_they_exist() {
-        let root = tempfile::tempdir().unwrap();
-        let here = fs::canonicalize(root.path()).unwrap();
-        fs::create_dir_all(here.join("a/b")).unwrap();
-        symlink("a/b", here.join("link")).unwrap();
-        for (path, want) in [
-            ("a/new", "a/new"),
-            ("a/../c/./d", "c/d"),
-            ("link/new", "a/b/new"),
-            ("link/../new", "a/new"),
-            ("none/../a/new", "a/new"),
-            ("none/more/../../link/x", "a/b/x"),
-        ] {
-            assert_eq!(resolved_path(&root.path().join(path)).unwrap(), here.join(want), "{path}");
         }
     }
 

@@ -7,7 +7,9 @@ mod device;
 mod error;
 mod files;
 mod hash;
+mod http;
 mod memory;
+mod paths;
 mod peers;
 mod progress;
 mod runaway;
@@ -21,11 +23,11 @@ pub use artifact::{Provenance, read_artifact, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use files::{
-    AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes, resolved_path,
-};
+pub use files::{AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
+pub use http::http_agent;
 pub use memory::peak_memory_bytes;
+pub use paths::{refuse_hub_cache, resolved_path};
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
 pub use runaway::{on_runaway, watched};

@@ -26,10 +26,20 @@ pub struct Progress(ProgressBar);
 impl Progress {
     /// A bar over `total` items named `unit` (plural), for instance `Progress::new("score", "samples", 500)`.
     pub fn new(task: &str, unit: &str, total: u64) -> Self {
+        let counts = format!("{{pos}}/{{len}} {unit} {{per_sec}}");
+        Self::with_counts(task, &counts, total)
+    }
+
+    /// A bar over `total` bytes.
+    pub fn of_bytes(task: &str, total: u64) -> Self {
+        Self::with_counts(task, "{bytes}/{total_bytes} {bytes_per_sec}", total)
+    }
+
+    fn with_counts(task: &str, counts: &str, total: u64) -> Self {
         let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
         let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(Some(total), target);
-        let template = format!("{task} {{wide_bar}} {{pos}}/{{len}} {unit} {{per_sec}} {{eta}} left {{msg}}");
+        let template = format!("{task} {{wide_bar}} {counts} {{eta}} left {{msg}}");
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style);
         }
@@ -39,6 +49,11 @@ impl Progress {
     /// Advances the bar by `count` items.
     pub fn advance(&self, count: u64) {
         self.0.inc(count);
+    }
+
+    /// Takes `count` items back, which are done again.
+    pub fn take_back(&self, count: u64) {
+        self.0.dec(count);
     }
 
     /// Sets the position directly, for example on resume.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use super::error::{Error, Result};
+use super::paths::refuse_hub_cache;
 use super::progress::notice;
 use super::text::{human_bytes, list_preview};
 
@@ -142,6 +143,7 @@ impl StagedDir {
     /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent
     /// cannot be created.
     pub fn create(target: &Path) -> Result<Self> {
+        refuse_hub_cache(target)?;
         match fs::symlink_metadata(target) {
             Ok(metadata) => {
                 let empty = metadata.is_dir() && fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());

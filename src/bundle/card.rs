@@ -1,7 +1,7 @@
 //! The model card of a changed model: the old card with a preface about the changes.
 
 use std::fs;
-use std::path::{Component, Path};
+use std::path::Path;
 
 use super::record::RecordedStep;
 use super::tower::Tower;
@@ -125,23 +125,11 @@ fn without_preface(card: &str) -> (Option<&str>, &str) {
     found.unwrap_or((None, card))
 }
 
-/// Name of a model: its name on the hub when the folder is a snapshot in the hub's cache, otherwise the folder's name.
+/// Name of a model: its name on the hub when the folder is in the hub's cache, otherwise the folder's name.
 pub(super) fn name_of(root: &Path) -> String {
     let full = fs::canonicalize(root).unwrap_or_else(|_| root.to_path_buf());
-    let names: Vec<&str> = full
-        .components()
-        .filter_map(|part| match part {
-            Component::Normal(name) => name.to_str(),
-            _ => None,
-        })
-        .collect();
-    match names.as_slice() {
-        [.., repository, "snapshots", _] if repository.starts_with("models--") => {
-            repository.trim_start_matches("models--").replacen("--", "/", 1)
-        }
-        [.., name] => name.to_string(),
-        [] => "a local folder".to_string(),
-    }
+    let folder = || full.file_name().and_then(|name| name.to_str()).map(str::to_string);
+    crate::hub::name_of(root).or_else(folder).unwrap_or_else(|| "a local folder".to_string())
 }
 
 #[cfg(test)]

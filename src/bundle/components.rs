@@ -68,7 +68,9 @@ fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component
 /// The component in `file`, which the config file `by` names.
 fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &str) -> Result<Component> {
     let subject = || format!("{by} in `{}`", root.display());
-    contained_path(root, file)?;
+    if !listing.remote {
+        contained_path(root, file)?;
+    }
     if !listing.has(file) {
         return Err(Error::invalid(subject(), format!("names `{file}`, which is not there"))
             .remedy("download the model's whole folder"));

@@ -17,6 +17,8 @@ pub(super) struct Listing {
     pub files: Vec<String>,
     /// Ignored folders, with a `/` at the end. Their content is not listed.
     pub left_out: Vec<String>,
+    /// True for files on the hub, which need not be on this disk.
+    pub remote: bool,
 }
 
 impl Listing {
@@ -26,6 +28,13 @@ impl Listing {
 
     pub fn any(&self, test: impl Fn(&str) -> bool) -> bool {
         self.files.iter().any(|file| test(file))
+    }
+
+    /// The files of a model on the hub.
+    pub fn on_hub<'a>(files: impl Iterator<Item = &'a str>) -> Self {
+        let hidden = |path: &&str| path.split('/').rev().skip(1).any(|folder| folder.starts_with('.'));
+        let files = files.filter(|path| !hidden(path)).map(str::to_string).collect();
+        Listing { files, left_out: Vec::new(), remote: true }
     }
 
     /// Lists the regular files of a folder.

@@ -7,6 +7,7 @@ mod component;
 mod components;
 mod config;
 mod export_json;
+mod hub;
 mod json;
 mod layer_keys;
 mod layers;
@@ -19,18 +20,21 @@ mod shared_layers;
 mod source;
 mod text;
 mod tower;
+mod variants;
 mod write;
 
 pub use assets::{AssetKind, MANIFEST_FILE, RECORD_FILE};
 pub use card::{base_in_card, changes, front_matter, is_card};
 pub use component::Component;
 pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
+pub use hub::model_on_disk;
 pub use layers::LayerEdit;
 pub use layout::{FolderLayout, LAYOUTS, Role, SINGLE_FILE};
 pub use manifest::{ExportManifest, ListedScores, MANIFEST_SCHEMA_VERSION};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
-pub use source::{ModelSource, Variants};
+pub use source::ModelSource;
 pub use tower::Tower;
+pub use variants::Variants;
 pub use write::{BundleWriter, config_without_layers};
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -166,6 +170,11 @@ impl Bundle {
     /// Name of the model: its name on the hub when the folder is a snapshot in the hub's cache, otherwise the folder's name.
     pub fn name(&self) -> String {
         card::name_of(&self.root)
+    }
+
+    /// `hf:OWNER/NAME@COMMIT` when the folder is in the hub's cache.
+    pub fn hub_name(&self) -> Option<String> {
+        crate::hub::commit_of(&self.root)
     }
 
     /// The naming scheme of the folder's files.

@@ -247,7 +247,7 @@ impl<'a> BundleWriter<'a> {
     /// Errors: as `Bundle::record`.
     pub fn record(&self, provenance: Provenance) -> Result<Record> {
         Ok(Record {
-            provenance,
+            provenance: provenance.with_hub("model", self.bundle.hub_name()),
             history: self.history()?,
             carried: self.bundle.carried().map(str::to_string).collect(),
             left_out: self.bundle.left_out().to_vec(),

@@ -1,6 +1,7 @@
 //! Hugging Face checkpoints: named tensors in safetensors files, and low-rank adapters for one.
 
 mod adapter;
+mod hub;
 mod save;
 mod values;
 
@@ -18,6 +19,7 @@ use crate::base::{
 use crate::ir::{DataType, Tensor, TensorData};
 
 pub use adapter::Adapter;
+pub use hub::checkpoint_on_disk;
 pub use save::{NamedTensor, save};
 pub use values::{floats, from_floats};
 
@@ -95,21 +97,23 @@ fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
         )
         .remedy("give the folder that `save_pretrained` wrote; save weights of another format as safetensors first"));
     }
-    let size = fs::metadata(&index).map_err(|e| Error::io("read", &index, e))?.len();
+    files_of_index(&index)?.iter().map(|name| contained_path(path, name)).collect()
+}
+
+/// The files that a list of weight files names. They need not be there.
+fn files_of_index(index: &Path) -> Result<BTreeSet<String>> {
+    let size = fs::metadata(index).map_err(|e| Error::io("read", index, e))?.len();
     let wrong = |problem: String| {
         Error::invalid(format!("`{}`", index.display()), problem).remedy("download the checkpoint again")
     };
     if size > MAX_INDEX_BYTES {
         return Err(wrong(format!("has {size} bytes, more than the {MAX_INDEX_BYTES} that are read")));
     }
-    let text = fs::read(&index).map_err(|e| Error::io("read", &index, e))?;
+    let text = fs::read(index).map_err(|e| Error::io("read", index, e))?;
     let value: Value = serde_json::from_slice(&text).map_err(|e| wrong(format!("is not JSON: {e}")))?;
     let map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("has no `weight_map`".into()))?;
-    let names: BTreeSet<&str> = map
-        .values()
-        .map(|file| file.as_str().ok_or_else(|| wrong("names a file by something that is no text".into())))
-        .collect::<Result<_>>()?;
-    names.into_iter().map(|name| contained_path(path, name)).collect()
+    let text = || wrong("names a file by something that is no text".into());
+    map.values().map(|file| file.as_str().map(str::to_string).ok_or_else(text)).collect()
 }
 
 /// Element types of safetensors files with those of graphs.

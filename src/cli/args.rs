@@ -1,9 +1,12 @@
 //! Types of argument values that several verbs use.
 
-use std::path::PathBuf;
+use std::path::Path;
 
+use crate::base;
 use crate::bundle::{ModelSource, Variants};
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
+
+use super::context::Context;
 
 /// The precision variants of MODEL that a verb runs.
 #[derive(clap::Args, Clone, Debug)]
@@ -16,9 +19,18 @@ pub struct VariantArgs {
 
 impl VariantArgs {
     /// The model at this path in these variants.
-    pub fn source(&self, path: impl Into<PathBuf>) -> ModelSource {
-        ModelSource::new(path, self.variant.clone())
+    ///
+    /// Errors: as `ModelSource::find`.
+    pub fn source(&self, path: &Path, context: &Context) -> base::Result<ModelSource> {
+        ModelSource::find(path, self.variant.clone(), &context.cancel)
     }
+}
+
+/// The model at this path, which may be a name on the hub, in its most precise variants.
+///
+/// Errors: as `ModelSource::find`.
+pub fn model(path: &Path, context: &Context) -> base::Result<ModelSource> {
+    ModelSource::find(path, None, &context.cancel)
 }
 
 /// A list of layers, `2,5`.

@@ -19,7 +19,7 @@ use super::output::table;
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace bench healed/ --baseline model/ -o bench.json")]
 pub struct Args {
-    /// Model folder
+    /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -82,8 +82,11 @@ pub struct MemoryArgs {
 }
 
 pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome> {
-    let bytes =
-        eval::peak_memory(&args.variant.source(args.model), &Runtime::new(args.load.device)?, &args.load.options())?;
+    let bytes = eval::peak_memory(
+        &args.variant.source(&args.model, context)?,
+        &Runtime::new(args.load.device)?,
+        &args.load.options(),
+    )?;
     context.output.line(bytes)?;
     Ok(Outcome::Done)
 }
@@ -105,8 +108,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
         eval::peak_memory_of_child(&mut command)
     };
-    let model = args.variant.source(args.model);
-    let baseline = args.baseline.map(|path| ModelSource::new(path, args.baseline_variant));
+    let model = args.variant.source(&args.model, context)?;
+    let baseline = args.baseline.map(|path| ModelSource::find(&path, args.baseline_variant, &context.cancel));
+    let baseline = baseline.transpose()?;
     let baseline = baseline.as_ref();
     for model in [Some(&model), baseline].into_iter().flatten() {
         if load.new_tokens > 1 {

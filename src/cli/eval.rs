@@ -18,7 +18,7 @@ use super::output::{profile_table, table};
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace eval pruned/ --data benchmark.tsv --baseline model/ -o report.json")]
 pub struct Args {
-    /// Model folder
+    /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -89,9 +89,11 @@ pub struct Args {
 
 impl Args {
     /// The model and the baseline.
-    fn models(&self) -> (ModelSource, Option<ModelSource>) {
-        let baseline = self.baseline.clone().map(|path| ModelSource::new(path, self.baseline_variant.clone()));
-        (self.variant.source(&self.model), baseline)
+    ///
+    /// Errors: as `ModelSource::find`.
+    fn models(&self, context: &Context) -> anyhow::Result<(ModelSource, Option<ModelSource>)> {
+        let find = |path| ModelSource::find(path, self.baseline_variant.clone(), &context.cancel);
+        Ok((self.variant.source(&self.model, context)?, self.baseline.as_deref().map(find).transpose()?))
     }
 }
 
@@ -126,7 +128,7 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
     if args.likelihood_only {
         return likelihood(&args, &engine, &settings, context);
     }
-    let (model, baseline) = args.models();
+    let (model, baseline) = args.models(context)?;
     let report = steps::eval(&engine, &model, baseline.as_ref(), &args.data, &settings, &context.cancel)?;
     if !is_first(engine.peers()) {
         return Ok(Outcome::Done);
@@ -163,7 +165,7 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
 }
 
 fn likelihood(args: &Args, engine: &Engine, settings: &EvalSettings, context: &Context) -> anyhow::Result<Outcome> {
-    let (model, baseline) = args.models();
+    let (model, baseline) = args.models(context)?;
     let report = steps::eval_likelihood(engine, &model, baseline.as_ref(), &args.data, settings, &context.cancel)?;
     if !is_first(engine.peers()) {
         return Ok(Outcome::Done);
@@ -201,7 +203,7 @@ fn predict(args: &Args, context: &Context, peers: Option<Box<dyn Peers + Send>>)
     };
     let engine = Engine::with_peers(peers, args.device)?;
     let first = is_first(engine.peers());
-    let (model, baseline) = args.models();
+    let (model, baseline) = args.models(context)?;
     let warnings = steps::warnings(&model.open()?, &args.data);
     warnings.iter().filter(|_| first).for_each(|warning| context.output.warn(warning));
     let report = steps::eval_text(&engine, &model, baseline.as_ref(), &args.data, &settings, &context.cancel)?;

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use crate::base::{Error, human_bytes};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, ModelSource};
+use crate::checkpoint::checkpoint_on_disk;
 use crate::export::triton::{Accelerator, InstanceKind, Serving, Versions};
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
-use super::args::amount;
+use super::args::{amount, model};
 use super::context::{Context, Outcome};
 use super::output::table;
 use super::precision::{PrecisionArgs, print_components, report_precision};
@@ -17,7 +18,7 @@ use super::precision::{PrecisionArgs, print_components, report_precision};
 #[command(after_help = "Examples:\n  interlace export model/ --to triton -o model_repository/\n  \
                         interlace export model/ --precision int4,fp16 --to transformers-js -o folder/")]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
@@ -42,6 +43,10 @@ pub struct Args {
     /// Raise the default operator set to this version, up to 24; no graph is lowered [default: unchanged]
     #[arg(long, value_name = "N")]
     opset: Option<i64>,
+    /// Split tables of embeddings and weights of products above this size, such as 1GB, for devices with a largest buffer;
+    /// another initializer above it is an error [default: unchanged]
+    #[arg(long, value_name = "SIZE", value_parser = amount)]
+    max_buffer: Option<u64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
     #[arg(long, value_name = "CHECKPOINT")]
     base: Option<PathBuf>,
@@ -51,14 +56,14 @@ pub struct Args {
     /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
-    #[command(flatten)]
-    triton: TritonArgs,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
     #[arg(long, value_name = "FILE")]
     report: Vec<PathBuf>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
+    #[command(flatten)]
+    triton: TritonArgs,
 }
 
 /// How Triton runs the models.
@@ -105,16 +110,21 @@ fn targets_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
+    let variants = args.variant.as_deref().map(str::parse).transpose();
+    let variants = variants.map_err(|problem: String| Error::invalid("`--variant`", problem))?;
+    let bundle = Bundle::open(ModelSource::find(&args.model, variants, &context.cancel)?.path())?;
+    let base = args.base.map(|base| checkpoint_on_disk(&base, &context.cancel)).transpose()?;
+    let dense = args.dense.map(|dense| model(&dense, context)).transpose()?;
     let settings = ExportSettings {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
         standard_ops: args.standard_ops,
         opset: args.opset,
+        max_buffer_bytes: args.max_buffer,
         serving: args.triton.into(),
-        base: args.base,
-        dense: args.dense,
+        base,
+        dense: dense.map(|dense| dense.path().to_path_buf()),
         reports: args.report,
         shard_bytes: args.shard_size,
     };

@@ -7,7 +7,6 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
-use crate::bundle::ModelSource;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
@@ -18,7 +17,7 @@ use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
-use super::args::{TrainedLayers, VariantArgs, amount, amount_or_none, fraction, positive};
+use super::args::{self, TrainedLayers, VariantArgs, amount, amount_or_none, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
@@ -32,7 +31,7 @@ use super::ranks::connect_peers;
     -o finetuned/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
 #[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "layers"])))]
 pub struct Args {
-    /// Model folder: with --plan the one that `interlace prune --plan` wrote
+    /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub: with --plan the one that `interlace prune --plan` wrote
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -183,8 +182,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         (None, Some(TrainedLayers::These(layers))) => Trained::Layers(Some(&layers.0)),
         (None, _) => Trained::Layers(None),
     };
-    let model = args.variant.source(args.model);
-    let teacher = args.teacher.as_deref().map(ModelSource::from);
+    let model = args.variant.source(&args.model, context)?;
+    let teacher = args.teacher.as_deref().map(|path| args::model(path, context)).transpose()?;
     let request = Finetune {
         model: &model,
         trained,

@@ -6,7 +6,7 @@ use crate::base::{Device, check_output_file};
 use crate::bundle::ModelSource;
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
-use super::args::{VariantArgs, positive};
+use super::args::{self, VariantArgs, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 
@@ -17,7 +17,7 @@ use super::data_args::{DataArgs, warn_left_out};
     interlace generate model/ --data train.parquet -o answers.jsonl"
 )]
 pub struct Args {
-    /// Model folder
+    /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -70,9 +70,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
     let decoding =
         Decoding { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let model = args.variant.source(args.model);
-    let models: Vec<ModelSource> =
-        [model.clone()].into_iter().chain(args.compare.as_deref().map(ModelSource::from)).collect();
+    let model = args.variant.source(&args.model, context)?;
+    let compared = args.compare.as_deref().map(|path| args::model(path, context)).transpose()?;
+    let models: Vec<ModelSource> = [model.clone()].into_iter().chain(compared).collect();
     for model in &models {
         steps::check_answers(model)?;
     }

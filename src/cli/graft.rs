@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use crate::base::list_preview;
-use crate::bundle::Bundle;
-use crate::checkpoint::{Checkpoint, Tuned};
+use crate::checkpoint::{Checkpoint, Tuned, checkpoint_on_disk};
 use crate::graft::GraftTable;
 use crate::pipeline::steps::{Graft, graft, plan_graft};
 
+use super::args::model;
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 
@@ -16,12 +16,13 @@ use super::output::{Output, table};
 #[command(after_help = "Example:\n  interlace graft model/ --base original/ --tuned finetuned/ -o grafted/\n\n\
     Each weight of the graphs is matched by its numbers to tensors of the base, and gets their finetuned values.")]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
-    /// Checkpoint that the graphs were exported from: a folder with safetensors, or one .safetensors file
+    /// Checkpoint that the graphs were exported from: a folder with safetensors, one .safetensors file, or
+    /// hf:OWNER/NAME[@REVISION]
     #[arg(long, value_name = "CHECKPOINT")]
     base: PathBuf,
-    /// Finetuned checkpoint with the same tensors, or a folder with a LoRA adapter of `peft`
+    /// Finetuned checkpoint with the same tensors, or a folder with a LoRA adapter of `peft`, or either as hf:OWNER/NAME[@REVISION]
     #[arg(long, value_name = "CHECKPOINT")]
     tuned: PathBuf,
     /// Leave out finetuned tensors whose names begin so, because these graphs do not have them; may be repeated
@@ -36,9 +37,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
-    let base = Checkpoint::open(&args.base)?;
-    let tuned = Tuned::open(&args.tuned, &base)?;
+    let bundle = model(&args.model, context)?.open()?;
+    let base = Checkpoint::open(&checkpoint_on_disk(&args.base, &context.cancel)?)?;
+    let tuned = Tuned::open(&checkpoint_on_disk(&args.tuned, &context.cancel)?, &base)?;
     let request = Graft { bundle: &bundle, base: &base, tuned: &tuned, leave_out: &args.leave_out };
     let found = match &args.output {
         Some(target) if !args.dry_run => graft(&request, target, &context.cancel)?,

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use owo_colors::OwoColorize;
 
 use crate::base::{human_bytes, human_count};
-use crate::bundle::{Bundle, SINGLE_FILE};
+use crate::bundle::SINGLE_FILE;
 use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
+use super::args;
 use super::context::{Context, Outcome};
 use super::output::table;
 
@@ -16,12 +17,13 @@ use super::output::table;
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace inspect model/\n  interlace inspect decoder.onnx --json")]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
+    let model = args::model(&args.model, context)?;
+    let bundle = model.open()?;
     let found = steps::inspect(&bundle)?;
     let output = &context.output;
     found.warnings.iter().for_each(|warning| output.warn(warning));
@@ -34,7 +36,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
     output.line(format!(
         "{}: {} layout{}",
-        args.model.display(),
+        model,
         found.layout,
         found.model_type.as_deref().map(|name| format!(", {name}")).unwrap_or_default()
     ))?;

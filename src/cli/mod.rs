@@ -18,6 +18,7 @@ mod plan;
 mod precision;
 mod prune;
 mod ranks;
+mod report;
 mod run;
 mod schema;
 mod score;
@@ -71,6 +72,7 @@ enum Verb {
     Run(run::Args),
     Sweep(sweep::Args),
     Tune(Box<tune::Args>),
+    Report(report::Args),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
     #[command(hide = true)]
@@ -89,7 +91,7 @@ pub fn main(torch: RunTorchVerb) -> ! {
                 output::print_error(&error.into(), json);
                 end(2)
             });
-            report(json, dispatch(cli, torch))
+            exit_code(json, dispatch(cli, torch))
         }
         // Help and version are not errors; clap prints them to standard output.
         Err(error) => match error.print() {
@@ -125,7 +127,7 @@ pub fn verbs() -> Vec<(String, String)> {
 }
 
 /// Exit code of a verb's result. Prints an error.
-fn report(json: bool, result: anyhow::Result<Outcome>) -> i32 {
+fn exit_code(json: bool, result: anyhow::Result<Outcome>) -> i32 {
     match result {
         Ok(Outcome::Done) => 0,
         Ok(Outcome::GateFailed) => 1,
@@ -164,6 +166,7 @@ impl Verb {
             Verb::Graft(_) => "writing weights into the graphs",
             Verb::Tune(_) => "tuning the model",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
+            Verb::Report(_) => "writing the report",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
         }
@@ -207,6 +210,7 @@ fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::R
         Verb::Tune(args) if args.heals() => run_torch(TorchVerb::Tune(args), context),
         Verb::Tune(args) => tune::run(*args, context, None),
         Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
+        Verb::Report(args) => report::run(args, context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),
         Verb::Man(args) => shell::man(args, Cli::command(), context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),

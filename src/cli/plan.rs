@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
-use crate::bundle::Bundle;
 use crate::method::select::{Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
-use super::args::{LayerList, ModalityWeightsArg, amount, positive};
+use super::args::{LayerList, ModalityWeightsArg, amount, model, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::Output;
@@ -24,7 +23,7 @@ const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params"
     interlace plan model/ --strategy interlace-loss --data train.parquet --target-speedup 1.3 -o plan.json")]
 #[command(group(clap::ArgGroup::new("how_many").required(true).args(HOW_MANY)))]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Read the scores that `interlace score` wrote for this model
     #[arg(long, value_name = "FILE")]
@@ -105,7 +104,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if matches!(how_many, HowMany::Drop(_)) != (strategy == "explicit") {
         anyhow::bail!("--drop requires the strategy `explicit`, found `{strategy}`; leave one of the two flags out");
     }
-    let bundle = Bundle::open(&args.model)?;
+    let bundle = model(&args.model, context)?.open()?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;

@@ -8,12 +8,12 @@ use crate::base::{Device, human_bytes, human_count, list_preview, sha256_file};
 use crate::bundle::{Bundle, Deepstack, TapChange, Tower};
 use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
-use crate::pipeline::steps::{self, CompensationSettings, Drop, Pruned};
+use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
 
-use super::args::{LayerList, positive};
+use super::args::{LayerList, model, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
-use super::output::table;
+use super::output::{Output, table};
 
 /// Remove layers from the graph, its cache and its configs
 #[derive(clap::Args)]
@@ -22,7 +22,7 @@ use super::output::table;
     interlace prune model/ --plan plan.json --compensate linear --data train.parquet -o pruned/")]
 #[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop", "drop_mlps"])))]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Drop the layers of this plan, which `interlace plan` wrote for the model
     #[arg(long, value_name = "FILE")]
@@ -92,11 +92,11 @@ enum DeepstackRule {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&args.model)?;
+    let bundle = model(&args.model, context)?.open()?;
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
-    let layers = args.drop.unwrap_or(LayerList(Vec::new())).0;
-    let mlps = args.drop_mlps.map(|list| list.0);
-    let drop = match (&plan, &args.plan, &mlps) {
+    let layers = args.drop.as_ref().map_or(&[][..], |list| list.0.as_slice());
+    let mlps = args.drop_mlps.as_ref().map(|list| list.0.as_slice());
+    let drop = match (&plan, &args.plan, mlps) {
         (Some(plan), Some(path), _) => Drop::Plan { plan, digest: sha256_file(path)?, file: path },
         (_, _, Some(mlps)) => Drop::Mlps(mlps),
         _ => {
@@ -104,7 +104,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
                 Component::Decoder => Tower::Text,
                 Component::VisionEncoder => Tower::Vision,
             };
-            Drop::Layers { tower, layers: &layers }
+            Drop::Layers { tower, layers }
         }
     };
     let deepstack = match args.deepstack {
@@ -112,22 +112,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         DeepstackRule::Shift => Deepstack::Shift,
     };
     let output = &context.output;
-    let compensated = match (&args.compensate, &args.data) {
-        (Some(how), Some(data)) => {
-            if drop.part() == Part::Mlp {
-                anyhow::bail!(
-                    "--compensate closes gaps between layers, and dropping MLPs alone leaves none; leave it out"
-                );
-            }
-            let dropped = drop.layers().1;
-            let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
-            let kind = CompensationRow::named(how)?.kind;
-            let settings = CompensationSettings::new(kind, args.rank, subset, Some(args.fit_tokens))?;
-            let read = (data.as_path(), &args.reading.options());
-            Some(steps::compensate(&bundle, dropped, read, &settings, args.device, &context.cancel)?)
-        }
-        _ => None,
-    };
+    let compensated = fitted(&args, &bundle, &drop, context)?;
     let pruned = steps::prune(&bundle, &drop, deepstack, compensated.as_ref(), &args.output)?;
     if let Some(compensated) = &compensated {
         warn_left_out(&compensated.left_out, output);
@@ -136,10 +121,28 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.warn(format!("`{}` is set aside: {}", variant.file, variant.problem));
     }
     steps::variants_warning(&bundle, &pruned.set_aside).iter().for_each(|warning| output.warn(warning));
-    if output.json {
-        output.json(&pruned)?;
-        return Ok(Outcome::Done);
+    match output.json {
+        true => output.json(&pruned)?,
+        false => print(&pruned, output)?,
     }
+    Ok(Outcome::Done)
+}
+
+/// What makes up for the dropped layers, where the flags ask for it.
+fn fitted(args: &Args, bundle: &Bundle, drop: &Drop, context: &Context) -> anyhow::Result<Option<Compensated>> {
+    let (Some(how), Some(data)) = (&args.compensate, &args.data) else { return Ok(None) };
+    if drop.part() == Part::Mlp {
+        anyhow::bail!("--compensate closes gaps between layers, and dropping MLPs alone leaves none; leave it out");
+    }
+    let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
+    let kind = CompensationRow::named(how)?.kind;
+    let settings = CompensationSettings::new(kind, args.rank, subset, Some(args.fit_tokens))?;
+    let read = (data.as_path(), &args.reading.options());
+    Ok(Some(steps::compensate(bundle, drop.layers().1, read, &settings, args.device, &context.cancel)?))
+}
+
+/// Prints what went, what makes up for it, and the size of every component.
+fn print(pruned: &Pruned, output: &Output) -> anyhow::Result<()> {
     let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     match pruned.mlps.as_slice() {
         [] => output.line(format!(
@@ -178,7 +181,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
     }
     for tap in &pruned.taps {
-        output.line(tap_line(tap, &pruned))?;
+        output.line(tap_line(tap, pruned))?;
     }
     let mut rows = vec![["component", "nodes", "now", "weights", "now"].map(String::from).to_vec()];
     for part in &pruned.components {
@@ -196,7 +199,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             output.line(format!("{what}: {}", list_preview(files, 8)))?;
         }
     }
-    Ok(Outcome::Done)
+    Ok(())
 }
 
 fn layers_in_words(layers: &[usize]) -> String {

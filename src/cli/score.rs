@@ -16,7 +16,7 @@ use super::output::{profile_table, table};
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace score model/ --data train.parquet --samples 500 -o scores.json")]
 pub struct Args {
-    /// Model folder to score
+    /// Model folder to score, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -72,7 +72,7 @@ pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::
         max_tokens: args.max_tokens,
         profile: args.profile,
     };
-    let bundle = args.variant.source(args.model).open()?;
+    let bundle = args.variant.source(&args.model, context)?.open()?;
     check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
     if args.samples.is_none() && args.fraction.is_none() && is_first(peers) {

@@ -2,6 +2,7 @@
 //! program `interlace-torch` links it. For those verbs `interlace` executes that program with the same arguments.
 
 use std::env;
+use std::hint::black_box;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -39,6 +40,9 @@ pub enum TorchVerb {
 pub type RunTorchVerb = fn(TorchVerb, &Context) -> anyhow::Result<Outcome>;
 
 /// Runs the verb in this process. A program that refers to this function links LibTorch.
+///
+/// The ranks are passed on as a value that link-time optimisation cannot see through: it would otherwise take them for the
+/// only processes there are, call their methods directly in `score` and `eval`, and link LibTorch to `interlace` too.
 pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
     match verb {
         TorchVerb::Finetune(args) => finetune::run(*args, context),
@@ -48,11 +52,11 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
         TorchVerb::Verify(args) => verify::run(args, context),
         TorchVerb::Score(mut args) => {
             let ranks = connect_peers(&mut args.device, context)?;
-            score::run(*args, context, ranks.as_ref().map(|ranks| ranks as &dyn Peers))
+            score::run(*args, context, black_box(ranks.as_ref().map(|ranks| ranks as &dyn Peers)))
         }
         TorchVerb::Eval(mut args) => {
             let ranks = connect_peers(&mut args.device, context)?;
-            eval::run(*args, context, ranks.map(|ranks| Box::new(ranks) as Box<dyn Peers + Send>))
+            eval::run(*args, context, black_box(ranks.map(|ranks| Box::new(ranks) as Box<dyn Peers + Send>)))
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::method::select::{STRATEGIES, Strategy};
 use crate::pipeline::steps::default_work_folder;
 use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Target, Tune, TuneReport, tune};
 
-use super::args::{fraction, positive};
+use super::args::{fraction, model, positive};
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 
@@ -23,7 +23,7 @@ use super::output::{Output, table};
     Exit code 2, and no model, where the target cannot be met; the message says what can.")]
 #[command(group(clap::ArgGroup::new("target").required(true).multiple(true).args(["ttft", "tokens_per_s", "size"])))]
 pub struct Args {
-    /// Model folder
+    /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Reach the first token within this time from an encoded picture and a question, as in 800ms or 1.2s
     #[arg(long, value_name = "TIME", value_parser = value_of("ttft"))]
@@ -132,8 +132,9 @@ pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Res
         None => None,
     };
     let work = args.work.or_else(|| args.output.as_deref().map(default_work_folder)).unwrap_or_default();
+    let source = model(&args.model, context)?;
     let request = Tune {
-        model: &args.model,
+        model: source.path(),
         calibration: Calibration {
             data: args.data,
             turns: args.turns,

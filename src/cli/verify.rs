@@ -8,14 +8,14 @@ use crate::base::Device;
 use crate::eval::{self, CheckStatus};
 use crate::runtime::Runtime;
 
-use super::args::VariantArgs;
+use super::args::{VariantArgs, amount, model};
 use super::context::{Context, Outcome};
 
 /// Check that the files load, agree with each other and give equal results in ONNX Runtime and LibTorch
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace verify healed/\n\nEnds with status 1 when a check fails.")]
 pub struct Args {
-    /// Model folder, or one .onnx decoder
+    /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
@@ -23,6 +23,10 @@ pub struct Args {
     /// file of any kind [default: made-up inputs]
     #[arg(long, value_name = "FILE")]
     inputs: Option<PathBuf>,
+    /// Fail for an initializer above this size, such as 1GB, the largest buffer of the device to run on
+    /// [default: unlimited]
+    #[arg(long, value_name = "SIZE", value_parser = amount, conflicts_with = "inputs")]
+    max_buffer: Option<u64>,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -31,8 +35,8 @@ pub struct Args {
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let runtime = Runtime::new(args.device)?;
     let report = match &args.inputs {
-        Some(inputs) => eval::verify_on(&args.model, inputs, &runtime)?,
-        None => eval::verify(&args.variant.source(args.model), &runtime, &context.cancel)?,
+        Some(inputs) => eval::verify_on(model(&args.model, context)?.path(), inputs, &runtime)?,
+        None => eval::verify(&args.variant.source(&args.model, context)?, args.max_buffer, &runtime, &context.cancel)?,
     };
     let output = &context.output;
     if output.json {

@@ -227,7 +227,9 @@ pub fn bench(
     }
     let provenance = Provenance::new(BenchReport::SCHEMA_VERSION, inputs, options)?
         .with_variants("model", model.chosen().as_deref())
-        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref());
+        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref())
+        .with_hub("model", model.hub_name())
+        .with_hub("baseline", baseline.and_then(ModelSource::hub_name));
     let model = figures.pop().ok_or_else(|| Error::invalid("bench", "measured nothing"))?;
     Ok(BenchReport {
         provenance,

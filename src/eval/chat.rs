@@ -11,13 +11,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::base::{Cancel, Error, Progress, Result};
+use crate::base::{Cancel, Error, Progress, Result, http_agent};
 
 /// Environment variable with the API key.
 pub const JUDGE_KEY: &str = "OPENAI_API_KEY";
-/// The variable of the environment that names a PEM file of certificates to trust instead of Mozilla's, as for OpenSSL.
-#[cfg(feature = "https")]
-const CERTIFICATES: &str = "SSL_CERT_FILE";
 /// Number of attempts per question.
 const ATTEMPTS: u32 = 4;
 /// Number of concurrent questions.
@@ -135,15 +132,7 @@ impl Judge {
     }
 
     fn agent(&self) -> Result<ureq::Agent> {
-        let config = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs(self.timeout_s)))
-            .http_status_as_error(false);
-        #[cfg(feature = "https")]
-        let config = match trusted()? {
-            Some(roots) => config.tls_config(ureq::tls::TlsConfig::builder().root_certs(roots).build()),
-            None => config,
-        };
-        Ok(config.build().into())
+        http_agent(|config| config.timeout_global(Some(Duration::from_secs(self.timeout_s))))
     }
 
     fn subject(&self) -> String {
@@ -231,30 +220,6 @@ impl Judge {
                 {"type": "image_url", "image_url": {"url": picture}},
             ]}],
         })
-    }
-}
-
-/// The certificates that the environment names; `None` for those of Mozilla.
-#[cfg(feature = "https")]
-fn trusted() -> Result<Option<ureq::tls::RootCerts>> {
-    use ureq::tls::{PemItem, RootCerts, parse_pem};
-
-    let Some(path) = std::env::var_os(CERTIFICATES).filter(|path| !path.is_empty()) else { return Ok(None) };
-    let path = std::path::PathBuf::from(path);
-    let pem = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    let subject = || format!("`{}`, which {CERTIFICATES} names,", path.display());
-    let remedy = "expected a PEM file of certificates";
-    let mut found = Vec::new();
-    for item in parse_pem(&pem) {
-        if let PemItem::Certificate(one) =
-            item.map_err(|e| Error::invalid(subject(), format!("does not decode: {e}")).remedy(remedy))?
-        {
-            found.push(one);
-        }
-    }
-    match found.is_empty() {
-        true => Err(Error::invalid(subject(), "holds no certificate").remedy(remedy)),
-        false => Ok(Some(RootCerts::Specific(found.into()))),
     }
 }
 

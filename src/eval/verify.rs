@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_file, sha256_large_file};
+use crate::base::{
+    Cancel, Error, Progress, Provenance, Result, Sha256Digest, human_bytes, sha256_file, sha256_large_file,
+};
 use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
@@ -32,10 +34,15 @@ const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
 
-/// Runs every check that applies to the model's files.
+/// Runs every check that applies to the model's files; with `max_buffer`, also that no initializer has more bytes.
 ///
 /// Errors: as `ModelSource::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
-pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
+pub fn verify(
+    source: &ModelSource,
+    max_buffer: Option<u64>,
+    runtime: &Runtime,
+    cancel: &Cancel,
+) -> Result<VerifyReport> {
     let manifest = ExportManifest::read(source.path())?;
     if let Some(manifest) = manifest.as_ref().filter(|manifest| !LOADED_TARGETS.contains(&manifest.target.as_str())) {
         return verify_manifest(source, manifest, runtime);
@@ -52,19 +59,45 @@ pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Resul
         if let Err(error) = component(&bundle, part, runtime, &mut checks) {
             checks.error("graph", &part.file, &error);
         }
+        if let Some(limit) = max_buffer {
+            buffers(&bundle, part, limit, &mut checks)?;
+        }
         progress.advance(1);
     }
     cancel.check("no report is written")?;
     whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let settings = serde_json::json!({ "device": runtime.device().to_string() });
+    let settings = serde_json::json!({ "device": runtime.device().to_string(), "max_buffer_bytes": max_buffer });
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
-            .with_variants("model", bundle.chosen_variants()),
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })
+}
+
+/// Checks that no initializer of a graph has more than `limit` bytes.
+fn buffers(bundle: &Bundle, part: &Component, limit: u64, checks: &mut Checks) -> Result<()> {
+    let graph = onnx::load(&bundle.path_of(part))?.graph;
+    let large: Vec<String> = graph
+        .body
+        .initializers
+        .iter()
+        .filter(|(_, tensor)| tensor.byte_len() > limit)
+        .map(|(id, tensor)| format!("`{}` {}", graph.name(*id), human_bytes(tensor.byte_len())))
+        .collect();
+    let limit = human_bytes(limit);
+    let (status, detail) = match large.is_empty() {
+        true => (CheckStatus::Passed, format!("no initializer is larger than {limit}")),
+        false => {
+            let detail = format!("larger than {limit}: {}; `export --max-buffer` splits them", large.join(", "));
+            (CheckStatus::Failed, detail)
+        }
+    };
+    checks.add("buffers", &part.file, status, detail);
+    Ok(())
 }
 
 /// Checks an export that is no model folder: its files are those of its manifest.

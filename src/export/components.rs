@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::base::{Error, Result, Sha256Digest, sha256_file};
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Variants, is_card};
 use crate::ir::{DataType, Model};
-use crate::rewrite::{raise_opset, standard_operators};
+use crate::rewrite::{raise_opset, split_buffers, standard_operators};
 
 use super::record::ExportSettings;
 
@@ -29,8 +29,8 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
     Ok(chosen)
 }
 
-/// Writes a graph in the form that the settings ask for: with standard operators, in a later operator set, in an earlier
-/// IR version.
+/// Writes a graph in the form that the settings ask for: with standard operators, in a later operator set, with smaller
+/// buffers, in an earlier IR version.
 ///
 /// Errors: `Error::Unsupported` naming what the form lacks.
 pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) -> Result<()> {
@@ -39,6 +39,9 @@ pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) 
     }
     if let Some(opset) = settings.opset {
         *model = raise_opset(model, opset)?;
+    }
+    if let Some(limit) = settings.max_buffer_bytes {
+        *model = split_buffers(model, limit)?.0;
     }
     if let Some(version) = settings.max_ir_version {
         cap_ir_version(name, model, version)?;

@@ -68,8 +68,9 @@ pub(super) fn of(
         inputs.entry(name.clone()).or_insert_with(|| digest.clone());
     }
     let (files, licences) = ExportManifest::list(folder)?;
+    let head = Provenance::new(MANIFEST_SCHEMA_VERSION, inputs, &export.provenance.settings)?;
     Ok(ExportManifest {
-        provenance: Provenance::new(MANIFEST_SCHEMA_VERSION, inputs, &export.provenance.settings)?,
+        provenance: Provenance { hub: export.provenance.hub.clone(), ..head },
         target: export.target.clone(),
         history: record.map(|record| record.history).unwrap_or_default(),
         scores,

@@ -18,6 +18,7 @@ use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
+use crate::hub::commit_of;
 
 pub use precision::{
     Calibration, KeptOperators, KeptTensor, PRECISIONS, Precision, PrecisionReport, PrecisionRequest,
@@ -37,6 +38,7 @@ const VARIANT: Setting = ("--variant", |settings| settings.variant.is_some());
 const MAX_IR_VERSION: Setting = ("--max-ir-version", |settings| settings.max_ir_version.is_some());
 const STANDARD_OPS: Setting = ("--standard-ops", |settings| settings.standard_ops);
 const OPSET: Setting = ("--opset", |settings| settings.opset.is_some());
+const MAX_BUFFER: Setting = ("--max-buffer", |settings| settings.max_buffer_bytes.is_some());
 const BASE: Setting = ("--base", |settings| settings.base.is_some());
 const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
 const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
@@ -52,6 +54,7 @@ const SETTINGS: &[Setting] = &[
     MAX_IR_VERSION,
     STANDARD_OPS,
     OPSET,
+    MAX_BUFFER,
     BASE,
     DENSE,
     SHARD_SIZE,
@@ -64,7 +67,7 @@ const SETTINGS: &[Setting] = &[
 ];
 
 /// Those of every target that writes graphs.
-const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET];
+const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
@@ -218,7 +221,10 @@ fn export_quantised(
     let model = bundle.digest()?;
     let (scores, reports) = manifest::scores(&settings.reports, &model)?;
     inputs.insert("model".to_string(), model);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?;
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?
+        .with_hub("model", bundle.hub_name())
+        .with_hub("base", settings.base.as_deref().and_then(commit_of))
+        .with_hub("dense", settings.dense.as_deref().and_then(commit_of));
     let size = ExportManifest::size_bytes(staged.path())?;
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;

@@ -38,6 +38,9 @@ pub struct ExportSettings {
     /// Raises the default operator set to this version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub opset: Option<i64>,
+    /// Splits initializers of more bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_buffer_bytes: Option<u64>,
     /// How Triton runs the models.
     #[serde(skip_serializing_if = "is_default")]
     pub serving: Serving,

@@ -91,7 +91,7 @@ impl CompensationRow {
 
 /// What takes the place of dropped layers behind the layer before them.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Change {
+pub enum GapChange {
     /// `D`, `[D, D]`: what the layer's last block adds to the stream, times `I + D`, takes its place.
     Fold(Array2<f32>),
     /// The stream times this factor takes its place.
@@ -105,28 +105,28 @@ pub enum Change {
     },
 }
 
-impl Change {
+impl GapChange {
     /// `M`, `[D, D]`: what is multiplied, times `M`, is added to the stream.
     pub(super) fn map(&self, width: usize) -> Array2<f32> {
         match self {
-            Change::Fold(map) => map.clone(),
-            Change::Scale(factor) => Array2::eye(width) * (*factor - 1.0) as f32,
-            Change::Bridge { down, up } => down.dot(up),
+            GapChange::Fold(map) => map.clone(),
+            GapChange::Scale(factor) => Array2::eye(width) * (*factor - 1.0) as f32,
+            GapChange::Bridge { down, up } => down.dot(up),
         }
     }
 
     /// Numbers that it adds to the graph.
     pub fn parameters(&self) -> u64 {
         match self {
-            Change::Fold(_) => 0,
-            Change::Scale(_) => 1,
-            Change::Bridge { down, up } => (down.len() + up.len()) as u64,
+            GapChange::Fold(_) => 0,
+            GapChange::Scale(_) => 1,
+            GapChange::Bridge { down, up } => (down.len() + up.len()) as u64,
         }
     }
 }
 
 /// The rows of one batch behind the layer before a gap, `[M, D]` each; `M` are tokens.
-pub(super) struct Rows {
+pub(super) struct GapRows {
     /// What a map multiplies.
     pub read: Array2<f32>,
     /// The dense model's stream less the stream: what the map should give.
@@ -140,12 +140,12 @@ pub(super) struct Rows {
 /// RidgeSums over rows, and their solution.
 pub(super) trait Fit: Send {
     /// Adds rows; `held_out` are for choices, where there are any.
-    fn add(&mut self, rows: Rows, held_out: bool);
+    fn add(&mut self, rows: GapRows, held_out: bool);
 
     /// `None` where nothing brings the stream closer on what is held out.
     ///
     /// Errors: `Error::NotFinite` when a sum is not finite.
-    fn solve(self: Box<Self>) -> Result<Option<Change>>;
+    fn solve(self: Box<Self>) -> Result<Option<GapChange>>;
 }
 
 /// Ridge regression over rows weighted by `1 / |t|^2`, of full rank or reduced to a rank.
@@ -162,8 +162,8 @@ impl Regression {
 }
 
 impl Fit for Regression {
-    fn add(&mut self, rows: Rows, held_out: bool) {
-        let Rows { mut read, mut rest, target, .. } = rows;
+    fn add(&mut self, rows: GapRows, held_out: bool) {
+        let GapRows { mut read, mut rest, target, .. } = rows;
         let lengths = target.rows().into_iter().map(|row| row.iter().map(|x| x * x).sum::<f32>().sqrt());
         for (place, length) in lengths.enumerate() {
             let scale = 1.0 / length.max(1e-6);
@@ -174,12 +174,12 @@ impl Fit for Regression {
         sums.add(&read, &rest);
     }
 
-    fn solve(self: Box<Self>) -> Result<Option<Change>> {
+    fn solve(self: Box<Self>) -> Result<Option<GapChange>> {
         match self.rank {
-            None => Ok(ridge::solve(self.fitted, &self.held_out)?.map(Change::Fold)),
+            None => Ok(ridge::solve(self.fitted, &self.held_out)?.map(GapChange::Fold)),
             Some(rank) => {
                 let factors = ridge::solve_reduced(self.fitted, &self.held_out, rank)?;
-                Ok(factors.map(|(down, up)| Change::Bridge { down, up }))
+                Ok(factors.map(|(down, up)| GapChange::Bridge { down, up }))
             }
         }
     }
@@ -194,7 +194,7 @@ struct Magnitudes {
 }
 
 impl Fit for Magnitudes {
-    fn add(&mut self, rows: Rows, _: bool) {
+    fn add(&mut self, rows: GapRows, _: bool) {
         let time = rows.read.nrows() / rows.sequences.max(1);
         if time == 0 {
             return;
@@ -211,8 +211,8 @@ impl Fit for Magnitudes {
         }
     }
 
-    fn solve(self: Box<Self>) -> Result<Option<Change>> {
+    fn solve(self: Box<Self>) -> Result<Option<GapChange>> {
         let factor = self.sum / self.count as f64;
-        Ok((factor.is_finite() && factor > 0.0).then_some(Change::Scale(factor)))
+        Ok((factor.is_finite() && factor > 0.0).then_some(GapChange::Scale(factor)))
     }
 }

@@ -19,14 +19,14 @@ fn pattern(rows: usize, k: usize) -> Array2<f32> {
 }
 
 /// The rows `from..to` of a stream and of a dense one, as sequences of ten.
-fn rows(from: usize, to: usize) -> Rows {
+fn rows(from: usize, to: usize) -> GapRows {
     let read = pattern(40, 1);
     let target = pattern(40, 2) * 1.5 + &(&read * 0.3) + 0.1;
     let part = |of: &Array2<f32>| of.slice(ndarray::s![from..to, ..]).to_owned();
-    Rows { read: part(&read), rest: part(&(&target - &read)), target: part(&target), sequences: (to - from) / 10 }
+    GapRows { read: part(&read), rest: part(&(&target - &read)), target: part(&target), sequences: (to - from) / 10 }
 }
 
-fn solved(kind: CompensationKind, rank: usize) -> Change {
+fn solved(kind: CompensationKind, rank: usize) -> GapChange {
     let mut fit = (CompensationRow::of_kind(kind).fit)(4, rank);
     fit.add(rows(0, 30), false);
     fit.add(rows(30, 40), true);
@@ -50,7 +50,7 @@ fn rows_of_the_table_are_in_the_order_of_their_kinds() {
 /// Values by numpy: `(abs(target).mean(1) / abs(read).mean(1)).mean()` over 4 sequences of 10 tokens.
 #[test]
 fn the_scalar_is_numpys_mean_ratio_of_magnitudes() {
-    let Change::Scale(factor) = solved(CompensationKind::Scalar, 1) else { panic!("no factor") };
+    let GapChange::Scale(factor) = solved(CompensationKind::Scalar, 1) else { panic!("no factor") };
     assert!((factor - 1.477_930_560).abs() < 1e-6, "{factor}");
 }
 
@@ -80,7 +80,7 @@ fn bridges_are_numpys_reduced_rank_regressions() {
         assert_near(&change.map(4), &want);
         assert_eq!(change.parameters(), 2 * 4 * rank.min(4) as u64);
     }
-    let Change::Fold(map) = solved(CompensationKind::Linear, 1) else { panic!("no map") };
+    let GapChange::Fold(map) = solved(CompensationKind::Linear, 1) else { panic!("no map") };
     assert_near(&map, &full);
 }
 
@@ -105,9 +105,9 @@ fn added_nodes_compute_what_was_measured() {
             let now = |layer: usize| layer - removed.iter().filter(|gone| **gone < layer).count();
             let changes = compensation.changes.iter().map(|(&layer, change)| {
                 let behind = match change {
-                    Change::Scale(factor) => Behind::Scale(*factor),
-                    Change::Bridge { down, up } => Behind::Bridge { down, up },
-                    Change::Fold(_) => panic!("a folded map"),
+                    GapChange::Scale(factor) => Behind::Scale(*factor),
+                    GapChange::Bridge { down, up } => Behind::Bridge { down, up },
+                    GapChange::Fold(_) => panic!("a folded map"),
                 };
                 (now(layer), behind)
             });

@@ -18,7 +18,7 @@ use crate::rewrite::{ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, STREAM_OUTPUT_PR
 use crate::runtime::{Embedded, Outputs, Step, TensorValue};
 
 use super::batch::{Batch, Conversation, grouped};
-use super::compensation::{Change, CompensationKind, CompensationRow, Fit, Rows};
+use super::compensation::{CompensationKind, CompensationRow, Fit, GapChange, GapRows};
 use super::embedder::Embedder;
 use super::loss::{LossMeter, Trial};
 use super::select::MeasureLosses;
@@ -37,7 +37,7 @@ const SUM_BYTES: usize = 1 << 30;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Compensation {
     /// By layer of the dense model: what changes behind it.
-    pub changes: BTreeMap<usize, Change>,
+    pub changes: BTreeMap<usize, GapChange>,
 }
 
 /// Dropped layers `start..end`, all neighbours.
@@ -92,7 +92,7 @@ pub struct HealMeter {
 /// A closed form behind the layer before a gap, and its map.
 struct Found {
     layer: usize,
-    change: Change,
+    change: GapChange,
     map: TensorValue,
 }
 
@@ -207,7 +207,7 @@ impl HealMeter {
 
     /// Maps for all gaps, from the first to the last, each fitted on the stream behind those before it. A map that does not
     /// lower the loss is left out.
-    fn compensated(&mut self, removed: &[usize]) -> Result<(Maps, BTreeMap<usize, Change>)> {
+    fn compensated(&mut self, removed: &[usize]) -> Result<(Maps, BTreeMap<usize, GapChange>)> {
         let (mut maps, mut changes) = (Maps::new(), BTreeMap::new());
         let mut least = None;
         for gap in Gap::all(removed) {
@@ -248,7 +248,7 @@ impl HealMeter {
                     });
                 }
             }
-            let solved: Result<Vec<Option<(usize, Change)>>> = fits
+            let solved: Result<Vec<Option<(usize, GapChange)>>> = fits
                 .into_par_iter()
                 .map(|fit| match fit {
                     Some((width, fit)) => Ok(fit.solve()?.map(|change| (width, change))),
@@ -262,7 +262,7 @@ impl HealMeter {
                 };
                 // The rest that was fitted is what the map before leaves.
                 let change = match (change, maps.get(&layer)) {
-                    (Change::Fold(map), Some(before)) => Change::Fold(map + &matrix(before)?),
+                    (GapChange::Fold(map), Some(before)) => GapChange::Fold(map + &matrix(before)?),
                     (change, _) => change,
                 };
                 let map = tensor(change.map(width))?;
@@ -286,7 +286,7 @@ impl HealMeter {
         maps: &Maps,
         gaps: &[Gap],
         (apart, number): (bool, usize),
-    ) -> Result<Vec<Option<Rows>>> {
+    ) -> Result<Vec<Option<GapRows>>> {
         let batch = if apart { &self.held_out[number] } else { &self.fitted[number] };
         let switched = self.meter.switched();
         let (mut of_dense, mut of_pruned) = (Vec::new(), Vec::new());
@@ -319,7 +319,7 @@ impl HealMeter {
                         let problem = format!("the stream is {:?}, and a block adds {:?}", rest.dim(), read.dim());
                         return Err(Error::invalid("the fit", problem));
                     }
-                    Ok(Some(Rows { read, rest, target, sequences }))
+                    Ok(Some(GapRows { read, rest, target, sequences }))
                 }
             })
             .collect()

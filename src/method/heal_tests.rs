@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ndarray::Array2;
 
-use super::compensation::{Change, CompensationKind};
+use super::compensation::{CompensationKind, GapChange};
 use super::heal::HealMeter;
 use super::loss::LossMeter;
 use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, fixtures, loss_of, noise};
@@ -114,7 +114,7 @@ fn a_fit_is_what_it_was_measured_as() {
             fitted += before.len();
             same += 1;
             let changes = compensation.changes.into_iter().map(|(layer, change)| match change {
-                Change::Fold(map) => (layer, map),
+                GapChange::Fold(map) => (layer, map),
                 other => panic!("{other:?}"),
             });
             let want = loss_of(&runtime, &folded(&analysis, removed, &changes.collect()).unwrap(), &conversations);

@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 /// Directions beside the wanted ones, which make the iteration converge sooner.
 const BESIDE: usize = 8;
 /// Rounds of the subspace iteration at most.
-const ROUNDS: usize = 200;
+const ROUNDS: usize = 60;
 /// The iteration ends when no eigenvalue moves by more than this part of the largest.
 const SETTLED: f64 = 1e-12;
 /// Rounds over all pairs of Jacobi's method at most.

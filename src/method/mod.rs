@@ -25,7 +25,7 @@ mod scores;
 pub mod select;
 mod switched;
 
-pub use compensation::{BRIDGE_RANK, COMPENSATIONS, Change, CompensationKind, CompensationRow};
+pub use compensation::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, GapChange};
 pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
 pub use likelihood::{AnswerLikelihood, AnswerMeter, Answers, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::{LossMeter, MlpMeter};

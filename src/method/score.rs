@@ -135,8 +135,9 @@ pub fn score_with_peers(
     }
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("data".to_string(), dataset.digest()?)]);
     let recorded = Recorded { settings, data: dataset.options() };
-    let provenance =
-        Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?.with_variants("model", bundle.chosen_variants());
+    let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?
+        .with_variants("model", bundle.chosen_variants())
+        .with_hub("model", bundle.hub_name());
     let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
     let additions = has_additions(&analysis.map).then_some(StreamSide::Before);
     let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().chain(encoder.warning()).collect();

@@ -6,6 +6,7 @@
 mod decode;
 mod encode;
 mod external;
+mod locations;
 mod opaque;
 mod order;
 mod save;
@@ -13,6 +14,7 @@ mod tensor;
 mod wire;
 
 pub use encode::Placed;
+pub use locations::external_locations;
 pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_sharing, save_with};
 
 use std::path::Path;

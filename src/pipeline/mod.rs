@@ -1,6 +1,5 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
-mod auto;
 mod comparison;
 mod prune_section;
 mod recipe;
@@ -8,13 +7,14 @@ mod run;
 mod stages;
 pub mod steps;
 mod store;
+mod strategies;
 mod sweep;
 mod table;
 mod tune;
 
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
 pub use recipe::{Calibration, Recipe};
-pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
+pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run, stored_answers, stored_bench};
 pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};
 pub use sweep::{
     DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,

@@ -12,19 +12,19 @@ use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
-use crate::method::select::Strategy;
+use crate::hub::HubName;
 use crate::method::{ModalityWeights, check_weights};
 
-use super::auto::{AUTO, AutoSection};
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
+use super::strategies::AutoSection;
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The dense model: a folder, or one `.onnx` decoder.
+    /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
     /// Folder for everything that the run makes; `run -o` overrides it.
     pub output: PathBuf,
@@ -199,7 +199,7 @@ impl Default for BenchSection {
 pub struct ExportSection {
     /// Names of targets, as `export --to` takes them.
     pub targets: Vec<String>,
-    /// Checkpoint that the dense model was exported from, for the target `safetensors`.
+    /// Checkpoint that the dense model was exported from, a folder or `hf:OWNER/NAME[@REVISION]`, for the target `safetensors`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,
 }
@@ -314,11 +314,12 @@ impl Recipe {
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
-        resolve(&mut recipe.model);
+        let resolve_model = |path: &mut PathBuf| *path = HubName::or_in(folder, path);
+        resolve_model(&mut recipe.model);
         resolve(&mut recipe.output);
         resolve(&mut recipe.calibration.data);
         resolve(&mut recipe.finetune.data);
-        recipe.export.base.iter_mut().for_each(resolve);
+        recipe.export.base.iter_mut().for_each(resolve_model);
         recipe.eval.benchmarks.iter_mut().for_each(resolve);
         recipe.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(recipe)
@@ -348,15 +349,8 @@ impl Recipe {
             )
             .remedy("write one of them"));
         }
-        let named: Vec<String> = plan.strategies.iter().filter(|name| *name != AUTO).cloned().collect();
-        if !named.is_empty() || plan.strategies.is_empty() {
-            check_strategies("plan", &named)?;
-        }
-        if plan.strategies.iter().filter(|name| *name == AUTO).count() > 1 {
-            return Err(Error::invalid("plan", "strategy `auto` occurs twice").remedy("name it once"));
-        }
-        plan.check_auto(self.finetune.held_back)?;
-        self.prune.check(&plan.planned())?;
+        plan.auto.check(&plan.strategies, self.finetune.held_back)?;
+        self.prune.check(&plan.auto.planned(&plan.strategies))?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
@@ -366,27 +360,6 @@ impl Recipe {
         self.finetune.settings.check()?;
         self.finetune.dense_recipe().map(|_| ())
     }
-}
-
-/// Errors: `Error::Invalid` when the list is empty, or a strategy is unknown, repeated, or needs layers from the user.
-pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
-    if names.is_empty() {
-        return Err(Error::invalid(section, "`strategies` is empty").remedy("name at least one"));
-    }
-    for (place, name) in names.iter().enumerate() {
-        Strategy::named(name)?;
-        if names[..place].contains(name) {
-            return Err(Error::invalid(section, format!("strategy `{name}` occurs twice")).remedy("name it once"));
-        }
-        if name == "explicit" {
-            return Err(Error::invalid(
-                section,
-                "strategy `explicit` names its layers on the command line, not in a recipe",
-            )
-            .remedy("use `interlace plan --drop`"));
-        }
-    }
-    Ok(())
 }
 
 fn cpu() -> String {

@@ -6,25 +6,23 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, sha256_file, write_json};
-use crate::bundle::Bundle;
-use crate::checkpoint::Checkpoint;
+use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
+use crate::bundle::{Bundle, Variants, model_on_disk};
+use crate::checkpoint::{Checkpoint, checkpoint_on_disk};
 use crate::data::Dataset;
-use crate::eval::{ModelBench, ModelScores, PairedComparison};
+use crate::eval::{BenchReport, ModelBench, ModelScores, PairedComparison};
 use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
 
-use super::auto::AUTO;
 use super::comparison::{DenseRecipe, check_there, parts};
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
 use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
 use super::store::{Finished, file_digests};
+use super::strategies::AUTO;
 use super::table::{Speed, Table, TableRow};
 
-/// Version of the schema of `manifest.json`.
-pub const MANIFEST_SCHEMA_VERSION: u32 = 1;
 /// Name of the manifest in the run's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the table in the run's folder, without extension.
@@ -38,6 +36,11 @@ pub struct Manifest {
     pub provenance: Provenance,
     /// SHA-256 of every file of the run's folder, by path.
     pub files: BTreeMap<String, Sha256Digest>,
+}
+
+impl Manifest {
+    /// Version of the schema of `manifest.json`.
+    pub const SCHEMA_VERSION: u32 = 1;
 }
 
 /// Result of a run.
@@ -91,10 +94,12 @@ pub fn run(
     let folder = output.unwrap_or(&recipe.output);
     let (part, _) = parts(recipe.finetune.held_back)?;
     check_there(&recipe.eval.benchmarks, &recipe.eval.other)?;
-    let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, part, cancel, on_step)?;
+    let model = model_on_disk(&recipe.model, &Variants::default(), cancel)?;
+    let stages = Stages::open(folder, &model, recipe.device.parse()?, part, cancel, on_step)?;
     let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
-    let scores = run.stages.scores(&recipe.calibration, &recipe.plan.planned(), &[count])?;
+    let scores =
+        run.stages.scores(&recipe.calibration, &recipe.plan.auto.planned(&recipe.plan.strategies), &[count])?;
     let mut plans = Vec::new();
     for name in &recipe.plan.strategies {
         plans.push(if name == AUTO { run.choose(&scores)? } else { run.plan(&scores, name)? });
@@ -292,7 +297,8 @@ impl RecipeRun<'_> {
         }
         self.bench(variants, &mut rows)?;
         let inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
-        Table::new(Provenance::new(Table::SCHEMA_VERSION, inputs, recipe)?, rows)
+        let head = Provenance::new(Table::SCHEMA_VERSION, inputs, recipe)?;
+        Table::new(head.with_hub("model", self.stages.bundle.hub_name()), rows)
     }
 
     /// Every model's loss on what was held back, where something was.
@@ -343,9 +349,10 @@ impl RecipeRun<'_> {
             let mut settings = ExportSettings::default();
             let mut inputs = vec![("model", variant.digest.clone())];
             if let Some(base) = self.recipe.export.base.as_ref().filter(|_| target.reads("--base")) {
-                settings.base = Some(base.clone());
-                settings.dense = Some(self.recipe.model.clone());
-                inputs.push(("base", Checkpoint::open(base)?.digest()?));
+                let base = checkpoint_on_disk(base, self.stages.cancel)?;
+                inputs.push(("base", Checkpoint::open(&base)?.digest()?));
+                settings.base = Some(base);
+                settings.dense = Some(self.stages.model.to_path_buf());
             }
             let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
             let done = self.stages.store.step(name, name, &inputs, &settings, |path| {
@@ -375,7 +382,8 @@ impl RecipeRun<'_> {
         for other in self.recipe.eval.other.iter().filter(|other| other.data.is_file()) {
             inputs.insert(format!("data {}", other.data.display()), sha256_file(&other.data)?);
         }
-        let provenance = Provenance::new(MANIFEST_SCHEMA_VERSION, inputs, self.recipe)?;
+        let provenance = Provenance::new(Manifest::SCHEMA_VERSION, inputs, self.recipe)?
+            .with_hub("model", self.stages.bundle.hub_name());
         write_json(&path, &Manifest { provenance, files })
     }
 }
@@ -383,6 +391,21 @@ impl RecipeRun<'_> {
 fn how_many(plan: &PlanSection) -> HowMany {
     // `Recipe::read` has checked that there is one.
     plan.amounts().into_iter().flatten().next().map_or(HowMany::DropCount(0), |(_, amount)| amount)
+}
+
+/// A model's answers to all benchmarks of a finished run, by its name in the table; `None` when the folder lacks them.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_answers(folder: &Path, benchmarks: &[PathBuf], model: &str) -> Result<Option<ModelScores>> {
+    super::stages::stored_answers(folder, benchmarks, &slug(model))
+}
+
+/// The speed measurement of a model of a finished run, by its name in the table; `None` when the folder lacks it.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_bench(folder: &Path, model: &str) -> Result<Option<BenchReport>> {
+    let path = folder.join(format!("bench-{}.json", slug(model)));
+    path.exists().then(|| read_json(&path, BenchReport::SCHEMA_VERSION)).transpose()
 }
 
 /// A label in a form that is valid in file names.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
+use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, refuse_hub_cache, write_json};
 use crate::bundle::{Bundle, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
@@ -75,6 +75,7 @@ impl<'a> Stages<'a> {
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
         let bundle = Bundle::open(model)?;
+        refuse_hub_cache(folder)?;
         bundle.check_output(folder)?;
         let store = RunStore::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
@@ -189,12 +190,13 @@ impl<'a> Stages<'a> {
             std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
         let options = calibration.data_options(self.part);
         let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
-        let subset = Subset { amount: Amount::Samples(steps::CALIBRATION_SAMPLES), seed: calibration.seed };
+        let (mut subset, mut fitted_on) = (Subset { amount: Amount::All, seed: calibration.seed }, None);
+        if settings.compensate.is_some() {
+            let dataset = Dataset::open_for(&calibration.data, bundle, &options)?;
+            subset.amount = Amount::Samples(steps::CALIBRATION_SAMPLES.min(dataset.len()));
+            fitted_on = Some(dataset.digest()?);
+        }
         let compensation = settings.compensation(subset)?;
-        let fitted_on = match compensation {
-            Some(_) => Some(Dataset::open_for(&calibration.data, bundle, &options)?.digest()?),
-            None => None,
-        };
         all.extend(fitted_on.iter().map(|digest| ("data", digest.as_str())));
         let (mut set_aside, mut left_out) = (Vec::new(), LeftOut::default());
         let key = (settings, compensation.map(|_| (subset, &options)));
@@ -427,6 +429,22 @@ fn opened(engine: &mut Option<Engine>, device: Device) -> Result<&mut Engine> {
         Some(engine) => engine,
         slot => slot.insert(Engine::new(device)?),
     })
+}
+
+/// The answers that `Stages::answers` kept in a run's folder, merged; `None` when one of its files is not there.
+///
+/// Errors: as `base::read_json`.
+pub fn stored_answers(folder: &Path, benchmarks: &[PathBuf], label: &str) -> Result<Option<ModelScores>> {
+    let mut scores = Vec::new();
+    for benchmark in benchmarks {
+        let path = folder.join(format!("{}.json", eval_step(benchmark, label)));
+        if !path.exists() {
+            return Ok(None);
+        }
+        let report: EvalReport = read_json(&path, EvalReport::SCHEMA_VERSION)?;
+        scores.push(report.model);
+    }
+    Ok((!scores.is_empty()).then(|| merged(&scores)))
 }
 
 fn eval_step(benchmark: &Path, label: &str) -> String {

@@ -27,6 +27,9 @@ pub struct Blocks {
     pub block: usize,
 }
 
+/// Scale and zero point from a block's numbers, the weights of their errors, and the greatest quantised number.
+type Fit = fn(&[f32], &[f32], f32) -> (f32, f32);
+
 /// How a block of numbers becomes a scale and a zero point.
 pub struct Scheme {
     /// Name in tables.
@@ -37,7 +40,7 @@ pub struct Scheme {
     by_stored_scale: bool,
     /// Scale and zero point of a block. The second argument has the weight of each number's squared error, and is empty where
     /// all count alike; the third is the greatest value of a quantised number.
-    fit: fn(&[f32], &[f32], f32) -> (f32, f32),
+    fit: Fit,
 }
 
 /// Size of a matrix, and its bits and blocks.

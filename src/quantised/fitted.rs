@@ -104,7 +104,7 @@ mod tests {
         numbers.iter().enumerate().map(|(at, &x)| weight(at) * f64::from(x - rounded(x)).powi(2)).sum()
     }
 
-    /// Against every scale of a grid of 20,000, with every zero point.
+    /// Against a grid of 2,000 scales with every zero point. The least error that there is lies about a tenth below the range's own.
     #[test]
     fn the_error_is_near_the_least_one_that_any_scale_has() {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
@@ -136,7 +136,7 @@ mod tests {
                 }
             }
             for at in 0..2 {
-                assert!(found[at] <= 1.05 * least[at] && found[at] < 0.9 * plain[at], "{found:?} {least:?} {plain:?}");
+                assert!(found[at] <= 1.01 * least[at] && found[at] < plain[at], "{found:?} {least:?} {plain:?}");
             }
         }
     }

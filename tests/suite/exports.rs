@@ -333,6 +333,102 @@ fn standard_operators_give_what_those_of_onnx_runtime_give() {
 }
 
 #[test]
+fn large_tables_and_heads_are_split_and_compute_the_same() {
+    let folder = tempfile::tempdir().expect("folder");
+    const LIMIT: u64 = 50_000;
+    let settings = ExportSettings { max_buffer_bytes: Some(LIMIT), ..ExportSettings::default() };
+    let (file, out) = (zoo("optimum/llama-with-past/model.onnx"), folder.path().join("out"));
+    let written = to("openvino", &file, &settings, &out).expect("export");
+    let path = out.join(written.models.keys().next().expect("a model"));
+    let sizes = |path: &Path| -> Vec<u64> {
+        let model = onnx::load(path).expect("model");
+        model.graph.body.initializers.iter().map(|(_, tensor)| tensor.byte_len()).collect()
+    };
+    assert_eq!(sizes(&file).iter().filter(|&&size| size > LIMIT).count(), 2);
+    assert!(sizes(&path).iter().all(|&size| size <= LIMIT));
+    for ((name, wanted), (other, found)) in prompt_and_step(&file).iter().zip(&prompt_and_step(&path)) {
+        assert_eq!((name, wanted.len()), (other, found.len()));
+        let apart = wanted.iter().zip(found).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(apart <= 1e-6, "{name}: {apart}");
+    }
+
+    let shared =
+        to("openvino", &zoo("genai/llama-int4-shared/model.onnx"), &settings_of(10_000), &folder.path().join("b"));
+    let error = shared.unwrap_err().to_string();
+    assert!(error.contains("GatherBlockQuantized") && error.contains("--max-buffer"), "{error}");
+    let error = to("openvino", &file, &settings_of(100), &folder.path().join("c")).unwrap_err().to_string();
+    assert!(error.contains("below a row") || error.contains("cannot read it in parts"), "{error}");
+}
+
+fn settings_of(max_buffer: u64) -> ExportSettings {
+    ExportSettings { max_buffer_bytes: Some(max_buffer), ..ExportSettings::default() }
+}
+
+/// The packed product of a head in parts, with its scales and zero points.
+#[test]
+fn a_packed_head_is_split_and_computes_the_same() {
+    let folder = tempfile::tempdir().expect("folder");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let packed = folder.path().join("packed");
+    let run = super::cli::interlace(
+        folder.path(),
+        &[
+            "export",
+            &file.to_string_lossy(),
+            "--precision",
+            "int4",
+            "--zero-points",
+            "-o",
+            &packed.to_string_lossy(),
+            "-q",
+        ],
+    );
+    assert!(run.status.success(), "{}", super::cli::stderr(&run));
+    let settings = ExportSettings { variant: Some("q4".into()), ..settings_of(40_000) };
+    let out = folder.path().join("out");
+    to("openvino", &packed, &settings, &out).expect("export");
+    let decoder = "onnx/decoder_model_merged_q4.onnx";
+    let (whole, split) =
+        (onnx::load(&packed.join(decoder)).expect("model"), onnx::load(&out.join(decoder)).expect("model"));
+    let products = |model: &interlace::ir::Model| {
+        model.graph.body.nodes.iter().filter(|node| node.op_type == "MatMulNBits").count()
+    };
+    assert!(products(&split) > products(&whole), "{} of {}", products(&split), products(&whole));
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let logits = |folder: &Path| {
+        let path = folder.join(decoder);
+        let mut session = runtime.session(&path, &SessionOptions::default()).expect("session");
+        let mut feeds = Vec::new();
+        for port in session.inputs().to_vec() {
+            let shape: Vec<usize> = (0..port.rank())
+                .map(|axis| {
+                    port.fixed_size(axis).unwrap_or(match (port.rank(), axis) {
+                        (_, 0) => 1,
+                        (4, 2) => 0,
+                        _ => 5,
+                    })
+                })
+                .collect();
+            let count: usize = shape.iter().product();
+            let numbers = |number: usize| ((number * 37 % 101) as f32 - 50.0) / 50.0;
+            let tensor = match port.name.as_str() {
+                "attention_mask" => TensorValue::from_i64(port.dtype, &shape, vec![1; count]),
+                "position_ids" => TensorValue::from_i64(port.dtype, &shape, (0..count as i64).collect()),
+                _ => TensorValue::from_f32(port.dtype, &shape, (0..count).map(numbers).collect()),
+            };
+            feeds.push((port.name.clone(), tensor.expect("tensor")));
+        }
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let outputs = session.run(&feeds, Some(&["logits"])).expect("run");
+        outputs.get("logits").expect("logits").to_f32().expect("floats").to_vec()
+    };
+    let (wanted, found) = (logits(&packed), logits(&out));
+    assert_eq!(wanted.len(), found.len());
+    let apart = wanted.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(apart <= 1e-5, "{apart}");
+}
+
+#[test]
 fn an_operator_without_a_standard_form_is_refused_by_name() {
     let folder = tempfile::tempdir().expect("folder");
     let out = folder.path().join("out");

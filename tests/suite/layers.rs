@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 pub const LAYERS: &[&[&str]] = &[
     &["bin"],
     &["cli"],
+    &["report"],
     &["pipeline"],
     &["method", "finetune", "eval", "export"],
     &["data", "runtime", "torch", "graft"],
@@ -16,7 +17,7 @@ pub const LAYERS: &[&[&str]] = &[
     &["prompt", "rewrite", "bundle", "checkpoint"],
     &["analysis"],
     &["onnx"],
-    &["ir"],
+    &["ir", "hub"],
     &["base"],
 ];
 
@@ -37,7 +38,8 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("arrow", &["data"]),
     ("safetensors", &["data", "checkpoint"]),
     ("zip", &["data"]),
-    ("ureq", &["eval"]),
+    ("ureq", &["base", "eval", "hub"]),
+    ("sha1", &["hub"]),
     ("image", &["data"]),
     ("mozjpeg_sys", &["data"]),
     ("prost", &["export"]),

@@ -20,7 +20,7 @@ fn recipe(learning_rate: &str) -> String {
         calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         plan = {{ drop_count = 2, strategies = ["interlace", "angular"] }}
         bench = {{ enabled = false }}
-        export = {{ targets = ["triton"] }}
+        export = {{ targets = ["triton", "genai", "generate", "openvino"] }}
         [finetune]
         data = "{data}"
         samples = 8
@@ -73,6 +73,14 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     assert_eq!(history[1]["step"], "finetune");
     let manifest = read(&out.join("manifest.json"));
     assert!(manifest["files"]["healed-interlace/onnx/decoder_model_merged.onnx_data"].is_string());
+    for (target, file) in [
+        ("triton", "generate_stream/1/model.py"),
+        ("genai", "genai_config.json"),
+        ("generate", "onnx/generate.onnx"),
+        ("openvino", "onnx/vision_encoder.onnx"),
+    ] {
+        assert!(out.join(target).join(file).is_file(), "{target}");
+    }
     let state = fs::read(out.join("state.json")).expect("state");
 
     let again = interlace(here, &["run", "recipe.toml"]);
@@ -228,6 +236,15 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     assert_eq!((done, counts()), (6, (3, 0, 12)), "{}", stderr(&more));
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
+    let page = interlace(here, &["report", out.to_str().expect("a path"), "-o", "page.html"]);
+    assert_eq!(page.status.code(), Some(0), "{}", stderr(&page));
+    let text = fs::read_to_string(here.join("page.html")).expect("a page");
+    for row in read(&out.join("sweep.json"))["rows"].as_array().expect("rows") {
+        assert!(text.contains(&format!("<td>{:.2}</td>", row["speedup"].as_f64().expect("a speed-up"))));
+    }
+    for part in ["Kept percent over speed-up", "a sweep keeps averages over groups", "dense model</dt>"] {
+        assert!(text.contains(part), "{part}");
+    }
 
     // Now the models are requested: they are healed again, with the same result.
     let steps = || read(&out.join("state.json"))["steps"].as_object().expect("steps").clone();

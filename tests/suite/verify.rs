@@ -14,7 +14,7 @@ fn zoo(file: &str) -> PathBuf {
 
 fn report(path: &Path) -> VerifyReport {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
-    verify(&path.into(), &runtime, &Cancel::default()).expect("a report")
+    verify(&path.into(), None, &runtime, &Cancel::default()).expect("a report")
 }
 
 fn status(report: &VerifyReport, name: &str, subject: &str) -> CheckStatus {

@@ -118,39 +118,7 @@ pub(super) fn text(
         model["bos_token_id"] = json!(id);
     }
     if let Some(pictures) = pictures {
-        model["image_token_id"] = json!(config.image_token_id);
-        for key in ["vision_start_token_id", "video_token_id"] {
-            if let Some(id) =
-                bundle.read_json(&config.source)?.as_ref().and_then(|raw| raw.get(key)).and_then(Value::as_i64)
-            {
-                model[key] = json!(id);
-            }
-        }
-        let own: Vec<String> = pictures.iter().map(|input| input.port.name.clone()).collect();
-        let mut inputs = Map::new();
-        for (key, names) in
-            [("pixel_values", &["pixel_values"][..]), ("image_grid_thw", &["image_grid_thw", "grid_thw"])]
-        {
-            if let Some(name) = own.iter().find(|name| names.contains(&name.as_str())) {
-                inputs.insert(key.into(), json!(name));
-            }
-        }
-        model["vision"] = json!({
-            "filename": VISION_FILE, "inputs": inputs, "outputs": {"image_features": IMAGE_FEATURES},
-        });
-        let merge = bundle.read_json("config.json")?;
-        let merge = merge.as_ref().and_then(|config| config.get("vision_config")?.get("spatial_merge_size")?.as_u64());
-        if let Some(merge) = merge {
-            model["vision"]["spatial_merge_size"] = json!(merge);
-        }
-        if has_processor {
-            model["vision"]["config_filename"] = json!(PROCESSOR_FILE);
-        }
-        model["embedding"] = json!({
-            "filename": EMBEDDING_FILE,
-            "inputs": {"input_ids": "input_ids", "image_features": IMAGE_FEATURES},
-            "outputs": {"inputs_embeds": INPUTS_EMBEDS},
-        });
+        add_pictures(&mut model, bundle, pictures, has_processor)?;
     }
     let search = json!({
         "do_sample": false, "max_length": context, "min_length": 0, "num_beams": 1, "num_return_sequences": 1,
@@ -161,4 +129,48 @@ pub(super) fn text(
     serde_json::to_string_pretty(&whole)
         .map(|text| text + "\n")
         .map_err(|e| Error::invalid("`genai_config.json`", e.to_string()))
+}
+
+/// Adds the sections of the vision encoder and the embedding, and the ids of the tokens around pictures.
+fn add_pictures(model: &mut Value, bundle: &Bundle, pictures: &[Input], has_processor: bool) -> Result<()> {
+    let config = bundle.require_config()?;
+    model["image_token_id"] = json!(config.image_token_id);
+    for key in ["vision_start_token_id", "video_token_id"] {
+        if let Some(id) =
+            bundle.read_json(&config.source)?.as_ref().and_then(|raw| raw.get(key)).and_then(Value::as_i64)
+        {
+            model[key] = json!(id);
+        }
+    }
+    if model["type"] != PICTURES && model.get("vision_start_token_id").is_none() {
+        return Err(Error::invalid(
+            format!("`{}`", config.source),
+            "has no `vision_start_token_id`, by which ONNX Runtime GenAI finds the pictures' positions",
+        )
+        .remedy("add the key, with the model's own figure"));
+    }
+    let own: Vec<String> = pictures.iter().map(|input| input.port.name.clone()).collect();
+    let mut inputs = Map::new();
+    for (key, names) in [("pixel_values", &["pixel_values"][..]), ("image_grid_thw", &["image_grid_thw", "grid_thw"])] {
+        if let Some(name) = own.iter().find(|name| names.contains(&name.as_str())) {
+            inputs.insert(key.into(), json!(name));
+        }
+    }
+    model["vision"] = json!({
+        "filename": VISION_FILE, "inputs": inputs, "outputs": {"image_features": IMAGE_FEATURES},
+    });
+    let merge = bundle.read_json("config.json")?;
+    let merge = merge.as_ref().and_then(|config| config.get("vision_config")?.get("spatial_merge_size")?.as_u64());
+    if let Some(merge) = merge {
+        model["vision"]["spatial_merge_size"] = json!(merge);
+    }
+    if has_processor {
+        model["vision"]["config_filename"] = json!(PROCESSOR_FILE);
+    }
+    model["embedding"] = json!({
+        "filename": EMBEDDING_FILE,
+        "inputs": {"input_ids": "input_ids", "image_features": IMAGE_FEATURES},
+        "outputs": {"inputs_embeds": INPUTS_EMBEDS},
+    });
+    Ok(())
 }

@@ -65,7 +65,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
             true => Storage::Inline,
             false => Storage::External { file_name: format!("{file}.data"), chunk_bytes: None },
         };
-        let data = onnx::save(model, &root.join(&*file), &storage)?;
+        let data = onnx::save(model, &root.join(*file), &storage)?;
         let size_bytes = size_of(root, data.iter().map(String::as_str).chain([*file]))?;
         models.insert((*file).to_string(), ExportedModel::new(source, model, size_bytes));
     }

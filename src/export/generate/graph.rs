@@ -4,7 +4,7 @@
 //! ```text
 //! input_ids [1, T], pictures ─► embeddings ─► features at the image tokens
 //!                                                │
-//!              Loop(max_new_tokens): decoder ─► last logits ─► ArgMax ─► token ─► embedding ─┐
+//!              Loop(max_new_tokens): decoder ─► last logits ─► choice ─► token ─► embedding ─┐
 //!                        ▲ embeddings, mask, position, cache ◄───────────────────────────────┘
 //! generated_ids [N] ◄─ tokens without the end token
 //! ```
@@ -23,6 +23,7 @@ use crate::runtime::{Input, InputKind, Port};
 use super::super::nodes::{
     any, cast, graph_input, inputs_of, ints, only_output, refused, scalar, symbol, tensor, with_rows_at,
 };
+use super::sampling::Sampling;
 
 /// Prompt token ids, `[1, T]`.
 pub const INPUT_IDS: &str = "input_ids";
@@ -51,7 +52,8 @@ pub struct TokenIds<'a> {
     pub head_dim: Option<usize>,
 }
 
-/// One graph from pictures and prompt to the ids of the answer, greedily decoded.
+/// One graph from pictures and prompt to the ids of the answer: the likeliest tokens, or drawn ones where the request has a
+/// temperature.
 ///
 /// Errors: `Error::Unsupported` naming an input or output that the loop cannot compute.
 pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model> {
@@ -65,6 +67,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
 
     let input_ids = graph_input(&mut joined, INPUT_IDS, DataType::Int64, &[Dim::Known(1), symbol("sequence")]);
     let limit = graph_input(&mut joined, MAX_NEW_TOKENS, DataType::Int64, &[]);
+    let sampling = Sampling::inputs(&mut joined);
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
     let mut main = JoinScope::new(&mut joined);
     let mut rows = None;
@@ -94,7 +97,8 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
             .remedy("add `eos_token_id`"));
     }
     let start = Carried::start(&mut main, &decoder, input_ids, rows, ids.head_dim)?;
-    let tokens = answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, (limit, end))?;
+    let tokens =
+        answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, &Request { limit, end, sampling })?;
     let output = without_end(&mut main, tokens, (end, ids.end.len()));
     let nodes = main.nodes;
     let graph = &mut joined.model.graph;
@@ -344,14 +348,23 @@ fn empty_shape(port: &Port, head_dim: Option<usize>) -> Result<Vec<i64>> {
     shape.ok_or_else(|| refused(port, "has no fixed number of heads, head size, or batch of one"))
 }
 
-/// Runs the decoder until it gives an end token or `limit` tokens; `[N, 1]` tokens.
+/// What one request asks for.
+struct Request {
+    /// Most tokens of the answer.
+    limit: ValueId,
+    /// `[E]` tokens that end an answer.
+    end: ValueId,
+    sampling: Sampling,
+}
+
+/// Runs the decoder until it gives an end token or the most tokens; `[N, 1]` tokens.
 fn answer_loop(
     scope: &mut JoinScope<'_>,
     decoder: &Ports,
     part: &JoinedPart<'_>,
     embedding: Option<&Embedding<'_>>,
     start: &Carried,
-    (limit, end): (ValueId, ValueId),
+    request: &Request,
 ) -> Result<ValueId> {
     let begun = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
     let here =
@@ -364,7 +377,8 @@ fn answer_loop(
     let embeds = embedding.map(|embedding| embedding.output.dtype);
     let bound = fed(&mut body, decoder, &here, iteration, embeds);
     let outputs = body.inline(part, "step", &bound)?;
-    let (token, goes_on) = chosen(&mut body, outputs[decoder.logits], decoder.logits_type, end);
+    let logits = (outputs[decoder.logits], decoder.logits_type);
+    let (token, goes_on) = chosen(&mut body, logits, request, iteration);
     let answer = flat(&mut body, token);
     let rows = match (embedding, here.rows) {
         (Some(embedding), Some(_)) => Some(embedding.rows(&mut body, "step", token)?),
@@ -388,7 +402,7 @@ fn answer_loop(
     let mut after: Vec<ValueId> = start.values().iter().map(|_| scope.joined.value("after")).collect();
     let tokens = scope.joined.value("tokens");
     after.push(tokens);
-    let given = [vec![limit, begun], start.values()].concat();
+    let given = [vec![request.limit, begun], start.values()].concat();
     scope.control("Loop", &given, &after, vec![("body", body)]);
     Ok(tokens)
 }
@@ -426,15 +440,19 @@ pub(in crate::export) fn fed(
     bound
 }
 
-/// The likeliest token behind the last position, `[1, 1]`, and whether it is no end token.
-fn chosen(body: &mut JoinScope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
+/// The token behind the last position, `[1, 1]`, and whether it is no end token.
+fn chosen(
+    body: &mut JoinScope<'_>,
+    (logits, dtype): (ValueId, DataType),
+    request: &Request,
+    iteration: ValueId,
+) -> (ValueId, ValueId) {
     let (last, cell) = (ints(body, "last", &[-1]), ints(body, "cell", &[1, 1]));
     let logits = body.op("last_logits", "Gather", &[logits, last], &[("axis", AttributeKind::Int(1))]);
     let logits = cast(body, logits, dtype, DataType::Float);
-    let along = [("axis", AttributeKind::Int(-1)), ("keepdims", AttributeKind::Int(0))];
-    let token = body.op("likeliest", "ArgMax", &[logits], &along);
-    let token = body.op("token", "Reshape", &[token, cell], &[]);
-    let is_end = body.op("is_end", "Equal", &[token, end], &[]);
+    let token = request.sampling.token(body, logits, iteration);
+    let token = body.op("token_cell", "Reshape", &[token, cell], &[]);
+    let is_end = body.op("is_end", "Equal", &[token, request.end], &[]);
     let ended = any(body, is_end);
     (token, body.op("goes_on", "Not", &[ended], &[]))
 }

@@ -10,6 +10,7 @@
 //! ```
 
 pub(super) mod graph;
+mod sampling;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! Half precision: weights and activations in f16, inputs and outputs in f32.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use half::f16;
@@ -50,6 +51,9 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
     };
     done.kept_operators = operators.into_iter().map(row).collect();
     done.clamped_numbers = clamped;
+    // Constants that only operators in float32 read are there in float32 alone.
+    let names = super::constant_names(&done.model);
+    done.quantised.retain(|tensor| names.contains(&tensor.name));
     Ok(done)
 }
 
@@ -96,9 +100,9 @@ impl Converter<'_> {
         }
         let outputs: Vec<ValueId> = body.outputs.iter().copied().filter(|&id| self.is_float(id)).collect();
         for &id in &outputs {
-            if !narrow.contains_key(&id) {
+            if let Entry::Vacant(entry) = narrow.entry(id) {
                 let inner = self.fresh(graph, id, "half", DataType::Float16);
-                narrow.insert(id, inner);
+                entry.insert(inner);
                 if let Some(&why) = self.kept.get(&id) {
                     self.kept.insert(inner, why);
                 }

@@ -22,7 +22,8 @@ pub const MODEL_FILE: &str = "model.onnx";
 /// `max_batch_size` applies when every input and output has the same free first dimension. Otherwise the model gets 0,
 /// which leaves batching to the client.
 ///
-/// Errors: `Error::Unsupported` for an input or output of unknown rank or of a type that Triton lacks, and as [`text`].
+/// Errors: `Error::Unsupported` for an input or output of unknown rank or of a type that Triton lacks, and for a
+/// configuration that the server would reject.
 pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<String> {
     text(&model_config(name, model, max_batch_size)?)
 }

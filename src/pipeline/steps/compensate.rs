@@ -10,7 +10,7 @@ use crate::base::{Cancel, Device, Error, Result, Sha256Digest};
 use crate::bundle::{Bundle, Tower};
 use crate::data::{DataOptions, Dataset, LeftOut, Subset};
 use crate::method::{
-    BRIDGE_RANK, COMPENSATIONS, Change, Compensation, CompensationKind, CompensationRow, FIT_TOKENS, HealMeter,
+    BRIDGE_RANK, COMPENSATIONS, Compensation, CompensationKind, CompensationRow, FIT_TOKENS, GapChange, HealMeter,
     layers_before_gaps,
 };
 use crate::rewrite::{check_behind, check_fold};
@@ -135,7 +135,7 @@ pub fn compensate(
     let mut meter = HealMeter::new(bundle, &dataset, (kind, rank), (subset, fit_tokens), device, cancel)?;
     let loss_before = meter.loss_without_fit(layers)?;
     let (loss_after, compensation) = meter.loss(layers)?;
-    let added_parameters: u64 = compensation.changes.values().map(Change::parameters).sum();
+    let added_parameters: u64 = compensation.changes.values().map(GapChange::parameters).sum();
     let body = &analysis.model.graph.body;
     let of = |layers: &mut dyn Iterator<Item = &Layer>| layers.map(|layer| layer.parameters(body)).sum::<u64>() as f64;
     let all = of(&mut analysis.map.layers.iter());

@@ -100,7 +100,9 @@ pub(super) fn head<S: Serialize>(
 ) -> Result<Provenance> {
     Ok(Provenance::new(version, inputs, settings)?
         .with_variants("model", model.chosen().as_deref())
-        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref()))
+        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref())
+        .with_hub("model", model.hub_name())
+        .with_hub("baseline", baseline.and_then(ModelSource::hub_name)))
 }
 
 /// Digests of the models and of the benchmark, in the form of a report's provenance.

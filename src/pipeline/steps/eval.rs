@@ -10,7 +10,7 @@ use crate::base::{AtomicFile, Cancel, Error, Result};
 use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, DataOptions, DataPart, Dataset, ImageSettings, Turns};
 use crate::eval::{
-    EvalOptions, EvalReport, ModelScores, PairedComparison, TextReport, TextScores, benchmark_name, compare,
+    EvalOptions, EvalReport, ModelScores, PairedComparison, Retention, TextReport, TextScores, benchmark_name, compare,
     compare_over, evaluate_with_peers, kept_perplexity, perplexity,
 };
 
@@ -209,6 +209,13 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
     let mut file = AtomicFile::create(path)?;
     file.write_all(&bytes)?;
     file.commit()
+}
+
+/// What a model keeps of a baseline, by group, with the bootstrap seed of all verbs.
+///
+/// Errors: as `eval::compare`.
+pub fn retention(model: &ModelScores, baseline: &ModelScores) -> Result<Retention> {
+    compare(model, baseline, BOOTSTRAP_SEED)
 }
 
 /// Ratio and difference of headline scores to their baselines' over several runs, with the bootstrap seed of all

@@ -195,7 +195,11 @@ pub fn finetune(
         remove_cache_only_folder(request.work)?;
     }
     let mut outcome = outcome?;
-    outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());
+    let from_hub = |head: Provenance| {
+        let teacher = request.teacher.and_then(ModelSource::hub_name);
+        head.with_hub("model", bundle.hub_name()).with_hub("teacher", teacher)
+    };
+    outcome.report.provenance = from_hub(outcome.report.provenance.with_variants("model", bundle.chosen_variants()));
     let Some(mut writer) = writer else {
         // The first process writes the model, since all have the same weights.
         let own = training.own_work();
@@ -219,7 +223,7 @@ pub fn finetune(
         inputs.insert("plan".to_string(), digest.clone());
     }
     let head = Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?;
-    writer.commit(head.with_variants("model", bundle.chosen_variants()))?;
+    writer.commit(from_hub(head.with_variants("model", bundle.chosen_variants())))?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)

@@ -12,6 +12,7 @@ use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir, fol
 use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
 use crate::graft::{self, Absent, GraftTable, Loaded, ModelPart, history_of, load};
+use crate::hub::commit_of;
 use crate::ir::{Body, TensorData, ValueId};
 
 /// Input of a graft.
@@ -67,7 +68,9 @@ pub fn graft(request: &Graft, target: &Path, cancel: &Cancel) -> Result<GraftTab
         ("base".to_string(), request.base.digest()?),
         ("tuned".to_string(), request.tuned.digest()?),
     ]);
-    writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &json!({}))?)?;
+    let head =
+        Provenance::new(Record::SCHEMA_VERSION, inputs, &json!({}))?.with_hub("base", commit_of(request.base.path()));
+    writer.commit(head)?;
     Ok(table)
 }
 

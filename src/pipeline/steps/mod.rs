@@ -18,7 +18,7 @@ mod refusal;
 pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
 pub use compensate::{Compensated, CompensationReport, CompensationSettings, compensate};
 pub use engine::{Engine, EvalSettings};
-pub use eval::{TextSettings, compared, eval, eval_text, write_predictions};
+pub use eval::{TextSettings, compared, eval, eval_text, retention, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
 pub use graft::{Graft, graft, plan_graft};

@@ -68,6 +68,9 @@ pub struct PlanSettings {
     pub beyond_structure: bool,
 }
 
+/// What would be dropped: these layers, ascending, or their MLPs.
+type Asked = (Part, Vec<usize>);
+
 /// The model of a plan.
 pub struct PlannedModel {
     /// Digest over the model's files.
@@ -79,7 +82,7 @@ pub struct PlannedModel {
     bundle: Bundle,
     analysis: Analysis,
     /// Sets of layers checked so far, with the reason why they cannot be dropped, if any.
-    refusals: Mutex<BTreeMap<(Part, Vec<usize>), Option<String>>>,
+    refusals: Mutex<BTreeMap<Asked, Option<String>>>,
     /// Layers after which the graph changes the residual stream, with the graph inputs that are read there (DeepStack).
     additions: Vec<(usize, Vec<String>)>,
 }
@@ -115,7 +118,7 @@ impl PlannedModel {
         let mut layers = layers.to_vec();
         layers.sort_unstable();
         let mut known = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        let refusal = |(part, layers): &(Part, Vec<usize>)| self.refusal(*part, layers).map(|error| error.to_string());
+        let refusal = |(part, layers): &Asked| self.refusal(*part, layers).map(|error| error.to_string());
         known.entry((part, layers)).or_insert_with_key(refusal).clone()
     }
 
@@ -248,7 +251,7 @@ pub fn plan(
     if let Some(error) = model.refusal(strategy.drops, &dropped) {
         return Err(error);
     }
-    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?;
+    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?.with_hub("model", model.bundle.hub_name());
     let plan = Plan::new(provenance, strategy.name, strategy.drops, num_layers, groups)?;
     Ok(Plan { samples, left_out, ..plan })
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
-use crate::method::{Change, Part, Plan, named_layers};
+use crate::method::{GapChange, Part, Plan, named_layers};
 use crate::onnx;
 use crate::rewrite::{
     Behind, MovedTap, NamedWeights, change_behind, check_behind, drop_layers, drop_mlps, fold_map, has_additions,
@@ -159,16 +159,7 @@ pub fn prune(
         // A plan of another model is the more likely reason.
         Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
-    let loaded = match deepstack {
-        Deepstack::Keep => loaded,
-        Deepstack::Shift => loaded
-            .into_iter()
-            .map(|(component, analysis)| match has_additions(&analysis.map) {
-                true => Ok((component, shift_additions(&analysis, edit.dropped())?)),
-                false => Ok((component, analysis)),
-            })
-            .collect::<Result<Vec<_>>>()?,
-    };
+    let loaded = with_features(loaded, deepstack, &edit)?;
     let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
     if compensated.is_some() && deepstack == Some(Deepstack::Shift) {
         return Err(Error::unsupported("maps before the gaps", "are fitted with features that keep their place")
@@ -201,8 +192,8 @@ pub fn prune(
     writer.drop_layers(&edit, deepstack, taps.clone())?;
     writer.drop_mlps(&mlps);
     let (folded, bridged): (Vec<_>, Vec<_>) =
-        changes(compensated).partition(|(_, change)| matches!(change, Change::Fold(_)));
-    let layers = |of: Vec<(usize, &Change)>| of.into_iter().map(|(layer, _)| layer).collect::<Vec<usize>>();
+        changes(compensated).partition(|(_, change)| matches!(change, GapChange::Fold(_)));
+    let layers = |of: Vec<(usize, &GapChange)>| of.into_iter().map(|(layer, _)| layer).collect::<Vec<usize>>();
     writer.compensate(&layers(folded), &layers(bridged));
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing, so they run in parallel.
@@ -232,6 +223,22 @@ pub fn prune(
         left_out: bundle.left_out().to_vec(),
         set_aside,
     })
+}
+
+/// The analyses with the features that are added between layers where `deepstack` wants them.
+///
+/// Errors: as `shift_additions`.
+fn with_features<'a>(loaded: Vec<Analysed<'a>>, deepstack: Deepstack, edit: &LayerEdit) -> Result<Vec<Analysed<'a>>> {
+    match deepstack {
+        Deepstack::Keep => Ok(loaded),
+        Deepstack::Shift => loaded
+            .into_iter()
+            .map(|(component, analysis)| match has_additions(&analysis.map) {
+                true => Ok((component, shift_additions(&analysis, edit.dropped())?)),
+                false => Ok((component, analysis)),
+            })
+            .collect(),
+    }
 }
 
 /// The layers whose MLPs go, ascending.
@@ -313,7 +320,7 @@ struct ToWrite<'b> {
     behind: Vec<(usize, Behind<'b>)>,
 }
 
-fn changes(compensated: Option<&Compensated>) -> impl Iterator<Item = (usize, &Change)> {
+fn changes(compensated: Option<&Compensated>) -> impl Iterator<Item = (usize, &GapChange)> {
     let changes = compensated.into_iter().flat_map(|compensated| &compensated.compensation.changes);
     changes.map(|(&layer, change)| (layer, change))
 }
@@ -326,9 +333,9 @@ fn folded<'c>(
     let (mut weights, mut behind) = (NamedWeights::new(), Vec::new());
     for (layer, change) in changes(compensated) {
         match change {
-            Change::Fold(map) => weights.extend(fold_map(analysis, layer, map)?),
-            Change::Scale(factor) => behind.push((layer, Behind::Scale(*factor))),
-            Change::Bridge { down, up } => behind.push((layer, Behind::Bridge { down, up })),
+            GapChange::Fold(map) => weights.extend(fold_map(analysis, layer, map)?),
+            GapChange::Scale(factor) => behind.push((layer, Behind::Scale(*factor))),
+            GapChange::Bridge { down, up } => behind.push((layer, Behind::Bridge { down, up })),
         }
     }
     if !behind.is_empty() {

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::base::{Cancel, Error, Provenance, Result, write_json};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Variants, model_on_disk};
 use crate::eval::ModelScores;
 
 use super::comparison::{OtherScore, check_there, parts};
@@ -75,7 +75,8 @@ pub fn sweep(
     let folder = output.unwrap_or(&sweep.output);
     let (part, _) = parts(sweep.finetune.held_back)?;
     check_there(&sweep.eval.benchmarks, &sweep.eval.other)?;
-    let mut stages = Stages::open(folder, &sweep.model, sweep.device.parse()?, part, cancel, on_step)?;
+    let model = model_on_disk(&sweep.model, &Variants::default(), cancel)?;
+    let mut stages = Stages::open(folder, &model, sweep.device.parse()?, part, cancel, on_step)?;
     let counts = sweep.drop_ratios.iter().map(|&ratio| HowMany::DropRatio(ratio).count(&stages.dense));
     let counts = counts.collect::<Result<Vec<_>>>()?;
     let scores = stages.scores(&sweep.calibration, &sweep.strategies, &counts)?;
@@ -261,7 +262,8 @@ impl SweepRun<'_> {
 
     fn write(&self, rows: &[SweepRow]) -> Result<SweepTable> {
         let inputs = BTreeMap::from([("model".to_string(), self.maker.stages.dense.digest.clone())]);
-        let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?;
+        let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?
+            .with_hub("model", self.maker.stages.bundle.hub_name());
         let dense = DenseFigures {
             average: self.dense.scores.score,
             held_back_loss: self.dense.held_back_loss,

@@ -9,17 +9,19 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Error, Result};
 use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
+use crate::hub::HubName;
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::super::prune_section::PruneSection;
-use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
+use super::super::recipe::{BenchSection, Calibration, read_file};
 use super::super::steps::EvalSettings;
+use super::super::strategies::check_strategies;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sweep {
-    /// The dense model: a folder, or one `.onnx` decoder.
+    /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
     /// Folder for everything that the sweep makes; `sweep -o` overrides it.
     pub output: PathBuf,
@@ -158,7 +160,8 @@ impl Sweep {
         let mut sweep: Sweep = toml::from_str(text).map_err(|e| Error::invalid("sweep", e.to_string().trim_end()))?;
         sweep.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
-        resolve(&mut sweep.model);
+        let resolve_model = |path: &mut PathBuf| *path = HubName::or_in(folder, path);
+        resolve_model(&mut sweep.model);
         resolve(&mut sweep.output);
         resolve(&mut sweep.calibration.data);
         resolve(&mut sweep.finetune.data);

@@ -71,7 +71,7 @@ fn unpacked(bytes: &[u8], rows: usize, columns: usize, bits: i64) -> Vec<u8> {
     let width = columns.div_ceil(2);
     let number = |row: usize, column: usize| {
         let byte = bytes.get(row * width + column / 2).copied().unwrap_or(0);
-        if column % 2 == 0 { byte & 15 } else { byte >> 4 }
+        if column.is_multiple_of(2) { byte & 15 } else { byte >> 4 }
     };
     (0..rows).flat_map(|row| (0..columns).map(move |column| number(row, column))).collect()
 }

@@ -1,0 +1,85 @@
+//! One page of HTML about a run: every figure is from the files of its folder, and nothing is loaded from elsewhere.
+
+mod examples;
+mod html;
+mod layers;
+mod models;
+mod run_folder;
+mod svg;
+mod training;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::base::{AtomicFile, Result, check_output_file};
+
+use run_folder::RunFolder;
+
+/// A part of the page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ReportSection {
+    /// Its heading.
+    pub name: String,
+    /// Reason why it is left out, with the key of the recipe that makes it; absent for a part that is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+}
+
+/// A page that was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WrittenReport {
+    /// Where it is.
+    pub output: PathBuf,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Its parts, in order.
+    pub sections: Vec<ReportSection>,
+}
+
+/// What a section's function makes: HTML, or the reason why there is none.
+type Made = Result<std::result::Result<String, String>>;
+
+/// A section: id, heading, and its function.
+type Section = (&'static str, &'static str, fn(&RunFolder) -> Made);
+
+/// The sections, in order.
+const SECTIONS: &[Section] = &[
+    ("models", "Models", models::overview),
+    ("similarity", "How little layers change the stream", layers::similarity),
+    ("layers", "Layers that were dropped and trained", layers::strips),
+    ("training", "Loss while training", training::losses),
+    ("retention", "What is kept of the dense models", models::retention),
+    ("front", "Kept score and speed", models::pareto),
+    ("latency", "Where the time goes", models::latency),
+    ("size", "Size", models::size),
+    ("examples", "Questions and answers", examples::examples),
+];
+
+/// Writes the page about the folder of a run or sweep.
+///
+/// Errors: as `RunFolder::read`; `Error::Invalid` for an output in the folder of no file; `Error::Io`.
+pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
+    check_output_file(output)?;
+    let (page, sections) = page(&RunFolder::read(run)?)?;
+    let mut file = AtomicFile::create(output)?;
+    file.write_all(page.as_bytes())?;
+    file.commit()?;
+    Ok(WrittenReport { output: output.to_path_buf(), size_bytes: page.len() as u64, sections })
+}
+
+fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {
+    let (mut body, mut contents, mut sections) = (String::new(), Vec::new(), Vec::new());
+    for (id, name, make) in SECTIONS {
+        let made = make(run)?;
+        body.push_str(&format!("<section aria-labelledby=\"{id}\">\n<h2 id=\"{id}\">{}</h2>\n", html::escaped(name)));
+        body.push_str(&match &made {
+            Ok(text) => text.clone(),
+            Err(reason) => format!("<p class=\"soft\">Left out: {}.</p>\n", html::escaped(reason)),
+        });
+        body.push_str("</section>\n");
+        contents.push((*id, *name));
+        sections.push(ReportSection { name: name.to_string(), left_out: made.err() });
+    }
+    Ok((html::page(&format!("interlace: {}", run.model()), &contents, &body), sections))
+}
