@@ -366,7 +366,8 @@ fn stored_picture_budgets_have_the_effect_of_their_flags() {
         let pictures = std::slice::from_ref(&picture);
         let budgets = picture_budgets(&bundle, &picture).unwrap();
         let target = tempfile::tempdir().unwrap();
-        for (number, budget) in budgets.iter().enumerate().filter(|(number, _)| [0, budgets.len() - 1].contains(number)) {
+        for (number, budget) in budgets.iter().enumerate().filter(|(number, _)| [0, budgets.len() - 1].contains(number))
+        {
             let want = Processor::open_with(&bundle, &budget.settings).unwrap().images("x", pictures).unwrap();
             let path = target.path().join(number.to_string());
             let mut writer = BundleWriter::create(&bundle, &path).unwrap();

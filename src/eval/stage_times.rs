@@ -100,13 +100,11 @@ impl Contestant {
         let (ttft, first) = (began.elapsed(), session.times());
 
         let began = Instant::now();
-        let mut position = embedded.next_position;
-        for _ in 0..new_tokens {
+        for position in (embedded.next_position..).take(new_tokens) {
             let row = session.embed_text(&[token], position)?;
             let step = Step::decode(&[&row], &[vec![1; cache.length()]], true)?;
             let (logits, longer) = session.decoder_mut().step(&step, Some(cache))?;
             (token, cache) = (likeliest(&logits)?, longer);
-            position += 1;
         }
         let (decoding, last) = (began.elapsed(), session.times());
         let spent = |part: fn(&NetworkTimes) -> Duration, from: &NetworkTimes, to: &NetworkTimes| {
