@@ -74,7 +74,7 @@ pub struct AnswerMeter {
 }
 
 /// Conversations embedded by a meter's vision encoder.
-pub struct Answers {
+pub struct EmbeddedAnswers {
     batches: Vec<Batch>,
     /// Number of conversations.
     count: usize,
@@ -100,14 +100,14 @@ impl AnswerMeter {
         &mut self,
         conversations: impl Iterator<Item = Result<Encoded>>,
         cancel: &Cancel,
-    ) -> Result<Answers> {
+    ) -> Result<EmbeddedAnswers> {
         let mut all = Vec::new();
         for encoded in conversations {
             cancel.check("nothing is written")?;
             all.push(self.conversation(encoded?, all.len())?);
         }
         let count = all.len();
-        Ok(Answers { batches: self.batches(all)?, count })
+        Ok(EmbeddedAnswers { batches: self.batches(all)?, count })
     }
 
     /// The likelihood of each conversation's answers by the decoder without these layers.
@@ -115,7 +115,7 @@ impl AnswerMeter {
     /// Errors: as `answers`.
     pub fn likelihoods(
         &mut self,
-        answers: &Answers,
+        answers: &EmbeddedAnswers,
         removed: &[usize],
         cancel: &Cancel,
     ) -> Result<Vec<AnswerLikelihood>> {
@@ -128,7 +128,7 @@ impl AnswerMeter {
     /// Mean loss of an answer token in nats, by the decoder without these layers.
     ///
     /// Errors: as `answers`; `Error::Invalid` without an answer token.
-    pub fn loss(&mut self, answers: &Answers, removed: &[usize], cancel: &Cancel) -> Result<f64> {
+    pub fn loss(&mut self, answers: &EmbeddedAnswers, removed: &[usize], cancel: &Cancel) -> Result<f64> {
         let found = self.likelihoods(answers, removed, cancel)?;
         let tokens: u64 = found.iter().map(|answer| answer.tokens).sum();
         if tokens == 0 {

@@ -27,7 +27,7 @@ mod switched;
 
 pub use compensation::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, GapChange};
 pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
-pub use likelihood::{AnswerLikelihood, AnswerMeter, Answers, LIKELIHOOD_BLOCK, answer_likelihoods};
+pub use likelihood::{AnswerLikelihood, AnswerMeter, EmbeddedAnswers, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::{LossMeter, MlpMeter};
 pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Part, Plan, check_layers, named_layers};
 pub use score::{ScoreSettings, score, score_with_peers};

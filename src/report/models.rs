@@ -8,7 +8,7 @@ use crate::pipeline::steps;
 use super::Made;
 use super::html::{escaped, folded_table, paragraph, table};
 use super::run_folder::RunFolder;
-use super::svg::{Caption, Point, SERIES, Value, bars, front, intervals};
+use super::svg::{Caption, ChartPoint, SERIES, ErrorBar, bars, front, intervals};
 
 /// The table of the run or sweep.
 pub fn overview(run: &RunFolder) -> Made {
@@ -36,16 +36,16 @@ pub fn overview(run: &RunFolder) -> Made {
     Ok(Ok(text))
 }
 
-fn percent(interval: Option<Interval>) -> Option<Value> {
-    interval.map(|found| Value { value: 100.0 * found.ratio, low: 100.0 * found.low, high: 100.0 * found.high })
+fn percent(interval: Option<Interval>) -> Option<ErrorBar> {
+    interval.map(|found| ErrorBar { value: 100.0 * found.ratio, low: 100.0 * found.low, high: 100.0 * found.high })
 }
 
-fn shown(value: &Option<Value>) -> String {
+fn shown(value: &Option<ErrorBar>) -> String {
     value.as_ref().map_or("-".to_string(), |value| format!("{:.1} [{:.1}, {:.1}]", value.value, value.low, value.high))
 }
 
 /// Rows of models with what each keeps of the baselines, in the order of `baselines`.
-type Kept = Vec<(String, Vec<Option<Value>>)>;
+type Kept = Vec<(String, Vec<Option<ErrorBar>>)>;
 
 /// Retention of each group and of the average, against the dense model as it came and finetuned.
 pub fn retention(run: &RunFolder) -> Made {
@@ -70,7 +70,7 @@ pub fn retention(run: &RunFolder) -> Made {
             baselines.iter().map(|(name, _)| compared(own, &run.answers[*name])).collect::<Result<_>>()?;
         // A model compared with itself keeps everything by definition.
         let is_self = |place: usize| baselines[place].0 == row.model;
-        let values = |pick: &dyn Fn(&Retention) -> Option<Interval>| -> Vec<Option<Value>> {
+        let values = |pick: &dyn Fn(&Retention) -> Option<Interval>| -> Vec<Option<ErrorBar>> {
             let one = |(place, retention): (usize, &Retention)| {
                 if is_self(place) { None } else { percent(pick(retention)) }
             };
@@ -166,12 +166,12 @@ pub fn pareto(run: &RunFolder) -> Made {
             series.push(&contender.series);
         }
     }
-    let points: Vec<Point> = contenders
+    let points: Vec<ChartPoint> = contenders
         .iter()
         .zip(&on_front)
         .map(|(own, &on_front)| {
             let place = series.iter().position(|name| *name == own.series).unwrap_or_default();
-            Point { series: place, at: own.at, on_front }
+            ChartPoint { series: place, at: own.at, on_front }
         })
         .collect();
     let speed = if measured { "speed-up of the decoder's prefill, measured" } else { "ideal speed-up of the decoder" };

@@ -39,7 +39,7 @@ pub struct Line {
 }
 
 /// A value with the ends of its interval.
-pub struct Value {
+pub struct ErrorBar {
     /// The value.
     pub value: f64,
     /// Lower end.
@@ -198,7 +198,7 @@ pub fn lines(caption: &Caption, lines: &[Line]) -> String {
 }
 
 /// Rows of intervals, one mark for each series, with a line at `reference`.
-pub fn intervals(caption: &Caption, rows: &[(String, Vec<Option<Value>>)], series: &[&str], reference: f64) -> String {
+pub fn intervals(caption: &Caption, rows: &[(String, Vec<Option<ErrorBar>>)], series: &[&str], reference: f64) -> String {
     const ROW: f64 = 48.0;
     let height = TOP + ROW * rows.len() as f64 + BOTTOM;
     let ends = rows.iter().flat_map(|row| row.1.iter().flatten()).flat_map(|value| [value.low, value.high]);
@@ -245,7 +245,7 @@ pub fn intervals(caption: &Caption, rows: &[(String, Vec<Option<Value>>)], serie
 }
 
 /// A named point; `on_front` points are ringed and joined.
-pub struct Point {
+pub struct ChartPoint {
     /// Index of its series.
     pub series: usize,
     /// Its place.
@@ -255,7 +255,7 @@ pub struct Point {
 }
 
 /// Points in two directions in which more is better, and the front of the best.
-pub fn front(caption: &Caption, points: &[Point], series: &[&str]) -> String {
+pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
     // Space around the outermost points, for their rings.
     let padded = |values: Vec<f64>| {
         let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));

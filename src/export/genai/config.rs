@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 use crate::bundle::{Bundle, ModelConfig};
 use crate::runtime::Input;
 
-use super::graphs::{Figures, IMAGE_FEATURES, INPUTS_EMBEDS, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE};
+use super::graphs::{GenaiFigures, IMAGE_FEATURES, INPUTS_EMBEDS, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE};
 
 /// Text models that GenAI knows by name; others are a `decoder`.
 const TEXT: &[&str] = &[
@@ -52,7 +52,7 @@ pub(super) const EMBEDDING_FILE: &str = "embedding.onnx";
 /// GenAI's type for the model.
 ///
 /// Errors: `Error::Unsupported` for positions in three rows that GenAI does not compute for this model.
-pub(super) fn type_of(config: &ModelConfig, figures: &Figures, has_pictures: bool) -> Result<&'static str> {
+pub(super) fn type_of(config: &ModelConfig, figures: &GenaiFigures, has_pictures: bool) -> Result<&'static str> {
     let own = config.model_type.as_str();
     if figures.multimodal_positions {
         let known = THREE_ROWS.iter().find(|(name, _)| has_pictures && *name == own);
@@ -73,7 +73,7 @@ pub(super) fn type_of(config: &ModelConfig, figures: &Figures, has_pictures: boo
 /// Errors: `Error::Invalid` naming a key that the model's config lacks.
 pub(super) fn text(
     bundle: &Bundle,
-    figures: &Figures,
+    figures: &GenaiFigures,
     pictures: Option<&[Input]>,
     has_processor: bool,
 ) -> Result<String> {

@@ -23,7 +23,7 @@ pub(super) const INPUTS_EMBEDS: &str = "inputs_embeds";
 
 /// What the config says of a decoder.
 #[derive(Debug, Default)]
-pub(super) struct Figures {
+pub(super) struct GenaiFigures {
     pub layers: usize,
     /// Heads of keys and values, and their width.
     pub heads: (usize, usize),
@@ -48,8 +48,8 @@ fn unfed(port: &Port, problem: &str) -> Error {
 ///
 /// Errors: `Error::Unsupported` naming an input that GenAI does not feed, or a layer whose cache is not keys and values
 /// of the same size as the other layers'.
-pub(super) fn decoder(model: &Model, head_dim: Option<usize>) -> Result<(Model, Figures)> {
-    let mut figures = Figures::default();
+pub(super) fn decoder(model: &Model, head_dim: Option<usize>) -> Result<(Model, GenaiFigures)> {
+    let mut figures = GenaiFigures::default();
     let mut written = model.clone();
     let mut types: Vec<(String, DataType)> = Vec::new();
     for (id, input) in inputs_of("decoder", model)? {
@@ -91,7 +91,7 @@ pub(super) fn decoder(model: &Model, head_dim: Option<usize>) -> Result<(Model, 
     Ok((written, figures))
 }
 
-fn name_caches(written: &mut Model, model: &Model, head_dim: Option<usize>, figures: &mut Figures) -> Result<()> {
+fn name_caches(written: &mut Model, model: &Model, head_dim: Option<usize>, figures: &mut GenaiFigures) -> Result<()> {
     let analysis = analysis::analyse(model)?;
     let named = |id: ValueId| {
         let name = analysis.model.graph.name(id);

@@ -28,7 +28,7 @@ use super::configs::{object, pretty, tokenizer_config, with_chunks};
 use super::nodes::only_output;
 use super::record::{ExportSettings, ExportedModel, Written};
 use config::{DECODER_FILE, EMBEDDING_FILE, VISION_FILE};
-use graphs::Figures;
+use graphs::GenaiFigures;
 
 /// Configs of other layouts, and those that are written anew.
 const REWRITTEN: &[&str] = &["config.json", "genai_config.json", "export.json", "tokenizer_config.json"];
@@ -105,7 +105,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
 fn graphs_of<'a>(
     bundle: &Bundle,
     parts: &'a [(&'a Component, Model)],
-) -> Result<(Vec<Graph<'a>>, Figures, Option<Vec<Input>>)> {
+) -> Result<(Vec<Graph<'a>>, GenaiFigures, Option<Vec<Input>>)> {
     let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
     let (source, decoder) = of(Role::Decoder).ok_or_else(|| {
         Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")

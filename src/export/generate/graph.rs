@@ -57,7 +57,7 @@ pub struct TokenIds<'a> {
 ///
 /// Errors: `Error::Unsupported` naming an input or output that the loop cannot compute.
 pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model> {
-    let decoder = Ports::of_decoder(graphs.decoder)?;
+    let decoder = DecoderPorts::of_decoder(graphs.decoder)?;
     let mut joined = Joined::default();
     let part = joined.part("decoder", graphs.decoder)?;
     let embedding = graphs.embedding.map(|model| Embedding::new(&mut joined, model)).transpose()?;
@@ -111,7 +111,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
 }
 
 /// The decoder's inputs and outputs.
-pub(in crate::export) struct Ports {
+pub(in crate::export) struct DecoderPorts {
     pub(in crate::export) inputs: Vec<(ValueId, Input)>,
     /// Cache inputs with the positions of their outputs in the graph's signature.
     pub(in crate::export) caches: Vec<(ValueId, Port, usize)>,
@@ -121,7 +121,7 @@ pub(in crate::export) struct Ports {
     pub(in crate::export) logits_type: DataType,
 }
 
-impl Ports {
+impl DecoderPorts {
     /// Errors: `Error::Unsupported` for an input that the loop cannot compute, or without a cache.
     pub(in crate::export) fn of_decoder(model: &Model) -> Result<Self> {
         let graph = &model.graph;
@@ -158,7 +158,7 @@ impl Ports {
             Error::unsupported("the decoder", "has no output `logits`").remedy("name its output of logits `logits`")
         })?;
         let logits_type = Port::of_value(graph, graph.body.outputs[logits]).map_or(DataType::Float, |port| port.dtype);
-        Ok(Ports { inputs, caches, logits, logits_type })
+        Ok(DecoderPorts { inputs, caches, logits, logits_type })
     }
 
     pub(in crate::export) fn reads(&self, kind: InputKind) -> Option<&Port> {
@@ -281,7 +281,7 @@ impl Carried {
     /// The whole prompt with an empty cache.
     pub(in crate::export) fn start(
         scope: &mut JoinScope<'_>,
-        decoder: &Ports,
+        decoder: &DecoderPorts,
         input_ids: ValueId,
         rows: Option<ValueId>,
         head_dim: Option<usize>,
@@ -318,7 +318,7 @@ impl Carried {
     }
 
     /// The body's inputs for this state.
-    fn inside(&self, joined: &mut Joined, decoder: &Ports, rows: DataType) -> Carried {
+    fn inside(&self, joined: &mut Joined, decoder: &DecoderPorts, rows: DataType) -> Carried {
         let mut input = |name: &str, dtype: DataType, rank: usize| {
             let id = joined.value(name);
             joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &vec![Dim::Unknown; rank]));
@@ -360,7 +360,7 @@ struct Request {
 /// Runs the decoder until it gives an end token or the most tokens; `[N, 1]` tokens.
 fn answer_loop(
     scope: &mut JoinScope<'_>,
-    decoder: &Ports,
+    decoder: &DecoderPorts,
     part: &JoinedPart<'_>,
     embedding: Option<&Embedding<'_>>,
     start: &Carried,
@@ -410,7 +410,7 @@ fn answer_loop(
 /// Values for the decoder's inputs other than caches in one iteration, and its caches.
 pub(in crate::export) fn fed(
     body: &mut JoinScope<'_>,
-    decoder: &Ports,
+    decoder: &DecoderPorts,
     here: &Carried,
     iteration: ValueId,
     embeds: Option<DataType>,

@@ -30,7 +30,7 @@ const DATA_FILE: &str = "weights.onnx_data";
 const GENERATE_FILE: &str = "generate.onnx";
 
 /// A model's components, and its graphs in one version of the operator set.
-pub(super) struct Loaded<'a> {
+pub(super) struct LoadedGraphs<'a> {
     /// As they are in the bundle, without those that no verb runs.
     parts: Vec<(&'a Component, Model)>,
     /// The component of the decoder.
@@ -40,7 +40,7 @@ pub(super) struct Loaded<'a> {
     vision: Option<Model>,
 }
 
-impl<'a> Loaded<'a> {
+impl<'a> LoadedGraphs<'a> {
     /// Loads the components in the requested variants.
     ///
     /// Errors: `Error::Unsupported` without a decoder that reads and gives a cache, with a projector of its own, or for an
@@ -71,7 +71,7 @@ impl<'a> Loaded<'a> {
         let decoder = raise_opset(&decoder, opset)?;
         let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
         let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
-        Ok(Loaded { source, decoder, embedding, vision, parts })
+        Ok(LoadedGraphs { source, decoder, embedding, vision, parts })
     }
 
     /// The graphs, all in one version of the operator set.
@@ -100,7 +100,7 @@ pub(super) fn token_ids(bundle: &Bundle) -> TokenIds<'_> {
 /// Errors: `Error::Unsupported` naming an input, output or component that the graph cannot have; `Error::Invalid` when
 /// a variant is missing; `Error::Io`.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let mut loaded = Loaded::open(bundle, settings.variant.as_deref())?;
+    let mut loaded = LoadedGraphs::open(bundle, settings.variant.as_deref())?;
     let mut generate = generation_graph(&loaded.graphs(), &token_ids(bundle))?;
     let folder = root.join("onnx");
     create(&folder)?;

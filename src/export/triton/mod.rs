@@ -33,7 +33,7 @@ use crate::onnx::{self, Storage};
 
 use super::components::{chosen, convert, copy, create, size_of, write as write_text};
 use super::generate::graph::generation_graph;
-use super::generate::{Loaded, token_ids};
+use super::generate::{LoadedGraphs, token_ids};
 use super::record::{ExportSettings, ExportedModel, Written};
 use schema::ModelConfig;
 use whole::{GENERATE, MERGE, STREAM_FILE, STREAM_TEXT, Served};
@@ -133,7 +133,7 @@ impl Repository<'_> {
     /// Errors: as [`Repository::add`].
     fn add_whole(&mut self, bundle: &Bundle, parts: &[(Role, Served)]) -> Result<()> {
         let ids = token_ids(bundle);
-        let loaded = Loaded::open(bundle, self.settings.variant.as_deref());
+        let loaded = LoadedGraphs::open(bundle, self.settings.variant.as_deref());
         let whole = loaded.and_then(|loaded| Ok((generation_graph(&loaded.graphs(), &ids)?, loaded)));
         let (generate, loaded) = match whole {
             Ok(whole) => whole,

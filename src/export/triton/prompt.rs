@@ -5,7 +5,7 @@ use crate::ir::{Dim, Model, ValueId};
 use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{InputKind, Port};
 
-use super::super::generate::graph::{Carried, Graphs, INPUT_IDS, Ports, Rows, TokenIds, at_image_tokens, fed};
+use super::super::generate::graph::{Carried, Graphs, INPUT_IDS, DecoderPorts, Rows, TokenIds, at_image_tokens, fed};
 use super::super::nodes::{graph_input, inputs_of, only_output, scalar, symbol, tensor};
 
 /// The token embeddings, `[1, T, D]`.
@@ -19,7 +19,7 @@ pub(super) const IMAGE_FEATURES: &str = "image_features";
 /// Errors: `Error::Unsupported` naming an input of the decoder that is not computed from these, or a component that the
 /// model lacks.
 pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model> {
-    let decoder = Ports::of_decoder(graphs.decoder)?;
+    let decoder = DecoderPorts::of_decoder(graphs.decoder)?;
     let (Some(embedding), Some(vision)) = (graphs.embedding, graphs.vision) else {
         return Err(Error::unsupported("the model", "has no separate token embedding and vision encoder"));
     };

@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 use crate::ir::{DataType, Model};
 use crate::runtime::InputKind;
 
-use super::super::generate::graph::{Graphs, MAX_NEW_TOKENS, Ports, TokenIds};
+use super::super::generate::graph::{Graphs, MAX_NEW_TOKENS, DecoderPorts, TokenIds};
 use super::config::model_config;
 use super::prompt::{IMAGE_FEATURES, TOKEN_EMBEDS};
 use super::schema::model_ensembling::{Entry, Step};
@@ -123,7 +123,7 @@ pub(super) fn stream(
     graphs: &Graphs<'_>,
     ids: &TokenIds<'_>,
 ) -> Result<ModelConfig> {
-    let ports = Ports::of_decoder(graphs.decoder)?;
+    let ports = DecoderPorts::of_decoder(graphs.decoder)?;
     numpy(ports.logits_type)?;
     let mut inputs = Vec::new();
     for (_, input) in &ports.inputs {

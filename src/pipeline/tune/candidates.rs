@@ -12,7 +12,7 @@ use crate::data::{DataOptions, DataPart, ImageSettings, Processor, Sample};
 use crate::eval::{Spread, StageOptions, StageTimes, stage_times};
 use crate::finetune;
 use crate::method::select::{Measures, Strategy};
-use crate::method::{AnswerMeter, Answers, Plan as LayerPlan, Scores};
+use crate::method::{AnswerMeter, EmbeddedAnswers, Plan as LayerPlan, Scores};
 use crate::onnx;
 use crate::pipeline::recipe::Calibration;
 use crate::pipeline::stages::{Healing, Stages};
@@ -54,7 +54,7 @@ pub struct HeldBack {
     meter: AnswerMeter,
     samples: Vec<Sample>,
     /// By tower choice and budget.
-    answers: BTreeMap<(usize, usize), Answers>,
+    answers: BTreeMap<(usize, usize), EmbeddedAnswers>,
     tower: usize,
 }
 

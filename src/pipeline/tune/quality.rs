@@ -12,7 +12,7 @@ use crate::data::{
     Amount, DataOptions, DataPart, Dataset, Encoded, ImageSettings, Processor, Sample, Subset, picture_budgets,
 };
 use crate::method::select::{Measures, Strategy};
-use crate::method::{AnswerMeter, Answers, Plan, Scores};
+use crate::method::{AnswerMeter, EmbeddedAnswers, Plan, Scores};
 use crate::onnx;
 use crate::pipeline::recipe::Calibration;
 use crate::pipeline::stages::Stages;
@@ -114,7 +114,7 @@ struct Measuring<'s, 'a> {
     scores: Finished,
     meter: AnswerMeter,
     samples: Vec<Sample>,
-    answers: Answers,
+    answers: EmbeddedAnswers,
     /// Tokens of all samples under the model's own settings.
     tokens: usize,
     tower_layers: Vec<Option<f64>>,
