@@ -135,7 +135,8 @@ fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32>
     let has_zeros = model.graph.values.iter().any(|value| value.name == named);
     let count = columns.div_ceil(block);
     let rows = scales.len() / count;
-    let nibble = |bytes: &[u8], at: usize| f64::from(if at % 2 == 0 { bytes[at / 2] & 15 } else { bytes[at / 2] >> 4 });
+    let nibble =
+        |bytes: &[u8], at: usize| f64::from(if at.is_multiple_of(2) { bytes[at / 2] & 15 } else { bytes[at / 2] >> 4 });
     let mut values = Vec::new();
     for row in 0..rows {
         for column in 0..columns {
