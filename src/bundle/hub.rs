@@ -11,7 +11,7 @@ use super::assets::{self, AssetKind};
 use super::card::is_card;
 use super::component::Component;
 use super::components;
-use super::layout::{LAYOUTS, FolderLayout, Role};
+use super::layout::{FolderLayout, LAYOUTS, Role};
 use super::listing::Listing;
 use super::variants::{ROLES, Variants};
 use super::{MANIFEST_FILE, is_external_data_of};

@@ -8,7 +8,7 @@ use crate::base::{Cancel, Device, Result, human_bytes};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::export::{
-    Calibration, PRECISIONS, Precision, PrecisionRequest, PrecisionSettings, QuantisedComponent, precision_named,
+    RangeCalibration, PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, precision_named,
 };
 
 use super::args::positive;
@@ -21,7 +21,7 @@ use super::output::{Output, table};
 pub struct PrecisionArgs {
     /// Write the model in these precisions beside its floats, or for the target; see the list below
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = precision_named, long_help = precisions_help())]
-    precision: Vec<&'static Precision>,
+    precision: Vec<&'static PrecisionRow>,
     /// Give this number of 4-bit weights one scale: 16, 32, 64 or another power of two
     #[arg(long, value_name = "N", default_value_t = 32, requires = "precision")]
     block_size: usize,
@@ -70,7 +70,7 @@ impl PrecisionArgs {
 
     /// What the flags ask for.
     pub fn request<'a>(&'a self, data: Option<&'a Dataset>, cancel: &'a Cancel) -> PrecisionRequest<'a> {
-        let calibration = data.map(|dataset| Calibration {
+        let calibration = data.map(|dataset| RangeCalibration {
             dataset,
             subset: Subset { amount: Amount::Samples(self.samples.min(dataset.len())), seed: self.seed },
             max_tokens: self.max_tokens,

@@ -8,7 +8,7 @@ use crate::eval::StageOptions;
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::{STRATEGIES, Strategy};
 use crate::pipeline::steps::default_work_folder;
-use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Target, Tune, TuneReport, tune};
+use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Tune, TuneReport, TuneTarget, tune};
 
 use super::args::{fraction, model, positive};
 use super::context::{Context, Outcome};
@@ -118,7 +118,7 @@ fn strategy(name: &str) -> Result<String, String> {
 
 pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Result<Outcome> {
     let output = &context.output;
-    let target = |kind: &str, value: Option<f64>| value.map(|value| Target { kind: kind.to_string(), value });
+    let target = |kind: &str, value: Option<f64>| value.map(|value| TuneTarget { kind: kind.to_string(), value });
     let targets = [target("ttft", args.ttft), target("tokens-per-s", args.tokens_per_s), target("size", args.size)];
     let data_options =
         DataOptions { turns: args.turns, ignore_keys: args.ignore_keys.clone(), ..DataOptions::default() };

@@ -21,7 +21,7 @@ use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 use crate::hub::commit_of;
 
 pub use precision::{
-    Calibration, KeptOperators, KeptTensor, PRECISIONS, Precision, PrecisionReport, PrecisionRequest,
+    RangeCalibration, KeptOperators, KeptTensor, PRECISIONS, PrecisionRow, PrecisionReport, PrecisionRequest,
     PrecisionSettings, QuantisedComponent, QuantisedTensor, export_variants, precision_named, write_variants,
 };
 use record::Written;

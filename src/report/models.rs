@@ -8,7 +8,7 @@ use crate::pipeline::steps;
 use super::Made;
 use super::html::{escaped, folded_table, paragraph, table};
 use super::run_folder::RunFolder;
-use super::svg::{Caption, ChartPoint, SERIES, ErrorBar, bars, front, intervals};
+use super::svg::{Caption, ChartPoint, ErrorBar, SERIES, bars, front, intervals};
 
 /// The table of the run or sweep.
 pub fn overview(run: &RunFolder) -> Made {

@@ -198,7 +198,12 @@ pub fn lines(caption: &Caption, lines: &[Line]) -> String {
 }
 
 /// Rows of intervals, one mark for each series, with a line at `reference`.
-pub fn intervals(caption: &Caption, rows: &[(String, Vec<Option<ErrorBar>>)], series: &[&str], reference: f64) -> String {
+pub fn intervals(
+    caption: &Caption,
+    rows: &[(String, Vec<Option<ErrorBar>>)],
+    series: &[&str],
+    reference: f64,
+) -> String {
     const ROW: f64 = 48.0;
     let height = TOP + ROW * rows.len() as f64 + BOTTOM;
     let ends = rows.iter().flat_map(|row| row.1.iter().flatten()).flat_map(|value| [value.low, value.high]);

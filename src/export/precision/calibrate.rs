@@ -20,7 +20,7 @@ pub type Ranges = BTreeMap<String, (f32, f32)>;
 const OUTPUT: &str = "interlace.ranges";
 
 /// Samples on which activations are measured.
-pub struct Calibration<'a> {
+pub struct RangeCalibration<'a> {
     /// The data set.
     pub dataset: &'a Dataset,
     /// Which samples of it.
@@ -37,7 +37,7 @@ pub struct Calibration<'a> {
 ///
 /// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left; `Error::Engine` when a run fails;
 /// `Error::Interrupted` when the user asked to stop.
-pub(super) fn ranges(bundle: &Bundle, calibration: &Calibration<'_>) -> Result<BTreeMap<String, Ranges>> {
+pub(super) fn ranges(bundle: &Bundle, calibration: &RangeCalibration<'_>) -> Result<BTreeMap<String, Ranges>> {
     let runtime = Runtime::new(calibration.device)?;
     let options = SessionOptions::default();
     let mut decoder = Tapped::open(bundle, bundle.require(Role::Decoder)?)?;

@@ -10,10 +10,10 @@ use crate::checkpoint::floats;
 use crate::ir::{AttributeKind, Body, DataType, Graph, Node, Tensor, Value, ValueId, ValueType};
 use crate::rewrite::TYPE_ATTRIBUTES;
 
-use super::kept::{Kept, kept_nodes};
+use super::kept::{KeptNode, kept_nodes};
 use super::report::{KeptOperators, QuantisedTensor, relative_error};
 use super::types::element_types;
-use super::weights::Constants;
+use super::weights::FloatConstants;
 use super::{Done, Work};
 
 /// Attributes with the type in which an operator accumulates.
@@ -51,7 +51,7 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
     };
     done.kept_operators = operators.into_iter().map(row).collect();
     done.clamped_numbers = clamped;
-    // Constants that only operators in float32 read are there in float32 alone.
+    // FloatConstants that only operators in float32 read are there in float32 alone.
     let names = super::constant_names(&done.model);
     done.quantised.retain(|tensor| names.contains(&tensor.name));
     Ok(done)
@@ -59,14 +59,14 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
 
 struct Converter<'a> {
     types: HashMap<ValueId, DataType>,
-    kept: Kept,
+    kept: KeptNode,
     /// The f32 form of values that are also there in f16.
     raw: HashMap<ValueId, ValueId>,
     /// New values that are in f32.
     singles: HashSet<ValueId>,
-    /// Constants as the float graph has them.
+    /// FloatConstants as the float graph has them.
     wide: HashMap<ValueId, Tensor>,
-    constants: &'a mut Constants,
+    constants: &'a mut FloatConstants,
     found: Vec<QuantisedTensor>,
     operators: BTreeMap<(String, &'static str), usize>,
     clamped: u64,

@@ -8,7 +8,7 @@ use crate::ir::{Attribute, AttributeKind, DataType, Graph, Node, Tensor, Value, 
 use crate::quantised::{BlockForm, Packed, Scheme};
 
 use super::report::{QuantisedTensor, relative_error};
-use super::weights::{Constants, Product, Weights, replace_nodes};
+use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
 use super::{Done, Work};
 
 const BITS: usize = 4;
@@ -52,7 +52,7 @@ struct Quantiser<'a> {
     block: usize,
     scale_type: DataType,
     weights: &'a Weights,
-    constants: &'a mut Constants,
+    constants: &'a mut FloatConstants,
     /// Inputs with numbers, scales and zero points of a weight, by the weight and whether it is transposed.
     known: HashMap<(ValueId, bool), Vec<ValueId>>,
     /// The same of tables.
@@ -90,7 +90,7 @@ impl Quantiser<'_> {
         halves.take_while(|&block| block >= LEAST_BLOCK).find(|block| columns.is_multiple_of(*block))
     }
 
-    fn product(&mut self, graph: &mut Graph, node: Node, product: &Product) -> Result<Vec<Node>> {
+    fn product(&mut self, graph: &mut Graph, node: Node, product: &WeightProduct) -> Result<Vec<Node>> {
         let key = (product.weight, product.transposed);
         let parts = match self.known.get(&key) {
             Some(parts) => parts.clone(),

@@ -11,7 +11,7 @@ use crate::ir::{AttributeKind, DataType, Graph, Node, Value, ValueId};
 use crate::quantised::{Range8, Rounded, WeightLayout};
 
 use super::report::{QuantisedTensor, relative_error};
-use super::weights::{Constants, Product, Weights, replace_nodes};
+use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
 use super::{Done, Ranges, Work, bias_node};
 
 /// First version of the operators with `DequantizeLinear` by channels.
@@ -62,7 +62,7 @@ fn quantise(mut work: Work<'_>, ranges: Option<&Ranges>) -> Result<Done> {
 
 struct Quantiser<'a> {
     weights: &'a Weights,
-    constants: &'a mut Constants,
+    constants: &'a mut FloatConstants,
     /// Ranges of operands; `None` for those of each run.
     ranges: Option<&'a Ranges>,
     /// Parts of a weight, by the weight and whether it is transposed.
@@ -91,7 +91,7 @@ impl Quantiser<'_> {
         }
     }
 
-    fn integers(&mut self, graph: &mut Graph, node: &Node, product: &Product, body: usize) -> Result<Vec<Node>> {
+    fn integers(&mut self, graph: &mut Graph, node: &Node, product: &WeightProduct, body: usize) -> Result<Vec<Node>> {
         let [numbers, scales, zeros] = self.weight(graph, product)?;
         let mut nodes = Vec::new();
         let named = |what: &str| format!("{}.{what}", node.name);
@@ -132,7 +132,7 @@ impl Quantiser<'_> {
         &mut self,
         graph: &mut Graph,
         node: &Node,
-        product: &Product,
+        product: &WeightProduct,
         body: usize,
         (low, high): (f32, f32),
     ) -> Result<Vec<Node>> {
@@ -207,7 +207,7 @@ impl Quantiser<'_> {
     }
 
     /// A weight of a product, `[K, N]` in the new graph, with a scale for each of `N`.
-    fn weight(&mut self, graph: &mut Graph, product: &Product) -> Result<Parts> {
+    fn weight(&mut self, graph: &mut Graph, product: &WeightProduct) -> Result<Parts> {
         let key = (product.weight, product.transposed);
         if let Some(parts) = self.known.get(&key) {
             return Ok(*parts);

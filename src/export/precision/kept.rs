@@ -34,11 +34,11 @@ const BETWEEN: &str = "between operators that stay in float32";
 const ELEMENTWISE: &[&str] = &["Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Sub"];
 
 /// Nodes that stay in f32, by their first output.
-pub(super) type Kept = HashMap<ValueId, &'static str>;
+pub(super) type KeptNode = HashMap<ValueId, &'static str>;
 
 /// The nodes of a graph that stay in f32.
-pub(super) fn kept_nodes(body: &Body, types: &HashMap<ValueId, DataType>) -> Kept {
-    let (mut active, mut kept) = (HashSet::new(), Kept::new());
+pub(super) fn kept_nodes(body: &Body, types: &HashMap<ValueId, DataType>) -> KeptNode {
+    let (mut active, mut kept) = (HashSet::new(), KeptNode::new());
     mark(body, types, &mut active, true);
     choose(body, types, &active, &mut kept);
     kept
@@ -66,7 +66,7 @@ fn mark(body: &Body, types: &HashMap<ValueId, DataType>, active: &mut HashSet<Va
     }
 }
 
-fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<ValueId>, kept: &mut Kept) {
+fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<ValueId>, kept: &mut KeptNode) {
     let is_float = |id: ValueId| types.get(&id) == Some(&DataType::Float);
     let first = |node: &Node| node.present_outputs().next();
     for node in &body.nodes {
@@ -93,7 +93,7 @@ fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<Valu
     for _ in 0..2 {
         let index = GraphIndex::of_body(body);
         let node_is_kept =
-            |number: usize, kept: &Kept| first(&body.nodes[number]).is_some_and(|id| kept.contains_key(&id));
+            |number: usize, kept: &KeptNode| first(&body.nodes[number]).is_some_and(|id| kept.contains_key(&id));
         let between = |node: &&Node| {
             let made = |id: ValueId| match index.node_of(id) {
                 Some((maker, _)) => node_is_kept(maker, kept) || body.nodes[maker].op_type == "Constant",

@@ -1,4 +1,4 @@
-//! Precision variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
+//! PrecisionRow variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
 
 mod calibrate;
 mod half;
@@ -20,7 +20,7 @@ use crate::bundle::{Bundle, BundleWriter, Component, RecordedStep};
 use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
 
-pub use calibrate::{Calibration, Ranges};
+pub use calibrate::{RangeCalibration, Ranges};
 pub use report::{
     KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PrecisionReport, QuantisedComponent,
     QuantisedTensor,
@@ -29,11 +29,11 @@ pub use report::{
 use super::ExportTarget;
 use super::components::chosen;
 use super::record::{Export, ExportSettings};
-use weights::{Constants, kept_tensors, remove_dead_code};
+use weights::{FloatConstants, kept_tensors, remove_dead_code};
 
 /// A precision in which `export` writes a model.
 #[derive(Clone, Copy, Debug)]
-pub struct Precision {
+pub struct PrecisionRow {
     /// Value of `--precision`.
     pub name: &'static str,
     /// Suffix of the files' names, by which transformers.js and [`Bundle`] know the variant.
@@ -47,36 +47,36 @@ pub struct Precision {
 }
 
 /// All precisions.
-pub const PRECISIONS: &[Precision] = &[
-    Precision {
+pub const PRECISIONS: &[PrecisionRow] = &[
+    PrecisionRow {
         name: "fp16",
         suffix: "fp16",
         summary: "Weights and activations in float16, inputs and outputs in float32",
         calibrated: false,
         write: half::half,
     },
-    Precision {
+    PrecisionRow {
         name: "int8",
         suffix: "quantized",
         summary: "Weights of 8 bits, activations rounded to 8 bits by their own range in every run",
         calibrated: false,
         write: int8::dynamic,
     },
-    Precision {
+    PrecisionRow {
         name: "int8-qdq",
         suffix: "int8",
         summary: "Weights and activations of 8 bits, activations by ranges measured on --data",
         calibrated: true,
         write: int8::calibrated,
     },
-    Precision {
+    PrecisionRow {
         name: "int4",
         suffix: "q4",
         summary: "Weights of 4 bits in blocks, activations in float32",
         calibrated: false,
         write: int4::single,
     },
-    Precision {
+    PrecisionRow {
         name: "q4f16",
         suffix: "q4f16",
         summary: "Weights of 4 bits in blocks, the rest as in fp16",
@@ -88,7 +88,7 @@ pub const PRECISIONS: &[Precision] = &[
 /// The precision with this name.
 ///
 /// Errors: a message with the known names.
-pub fn precision_named(name: &str) -> Result<&'static Precision, String> {
+pub fn precision_named(name: &str) -> Result<&'static PrecisionRow, String> {
     let names: Vec<&str> = PRECISIONS.iter().map(|row| row.name).collect();
     let found = PRECISIONS.iter().find(|row| row.name == name);
     found.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))
@@ -124,11 +124,11 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn constants(&self, stem: &str) -> Result<Constants> {
+    fn constants(&self, stem: &str) -> Result<FloatConstants> {
         let stem = format!("{}.{stem}", self.file.replace('/', "."));
         let taken = |number: &usize| self.scratch.join(format!("{stem}.{number}")).exists();
         let number = (0..).find(|number| !taken(number)).unwrap_or(0);
-        Constants::create(&self.scratch.join(format!("{stem}.{number}")))
+        FloatConstants::create(&self.scratch.join(format!("{stem}.{number}")))
     }
 }
 
@@ -142,7 +142,7 @@ struct Done {
 
 impl Done {
     /// The graph with its new constants, without what nothing reads any more.
-    fn of(mut model: Model, constants: Constants, quantised: Vec<QuantisedTensor>) -> Result<Self> {
+    fn of(mut model: Model, constants: FloatConstants, quantised: Vec<QuantisedTensor>) -> Result<Self> {
         model.graph.body.initializers.extend(constants.finish()?);
         remove_dead_code(&mut model.graph.body);
         crate::rewrite::finish(&mut model)?;
@@ -164,11 +164,11 @@ fn bias_node(gemm: &Node, product: ValueId, bias: ValueId, result: ValueId) -> N
 /// Which precisions are written, and how.
 pub struct PrecisionRequest<'a> {
     /// The precisions.
-    pub precisions: &'a [&'static Precision],
+    pub precisions: &'a [&'static PrecisionRow],
     /// Settings of weights in blocks.
     pub settings: PrecisionSettings,
     /// Samples for precisions that need ranges of activations.
-    pub calibration: Option<Calibration<'a>>,
+    pub calibration: Option<RangeCalibration<'a>>,
 }
 
 /// Writes a model in these precisions for a target, as [`super::export`] does: all of them and the floats where the target has room
@@ -269,9 +269,9 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
 /// What can be said before anything is written.
 fn check(
     bundle: &Bundle,
-    precisions: &[&'static Precision],
+    precisions: &[&'static PrecisionRow],
     settings: &PrecisionSettings,
-    calibration: Option<&Calibration<'_>>,
+    calibration: Option<&RangeCalibration<'_>>,
 ) -> Result<()> {
     let block = settings.block_size;
     if !block.is_power_of_two() || block < 16 {

@@ -25,7 +25,7 @@ pub(super) struct Weights {
 }
 
 /// A product of activations with a constant matrix.
-pub(super) struct Product {
+pub(super) struct WeightProduct {
     pub operand: ValueId,
     pub weight: ValueId,
     /// True when the constant is `[N, K]` and not `[K, N]`.
@@ -69,7 +69,7 @@ impl Weights {
     }
 
     /// The product that a node computes, if its second factor is a constant matrix.
-    pub fn product(&self, node: &Node) -> Option<Product> {
+    pub fn product(&self, node: &Node) -> Option<WeightProduct> {
         let &[Some(operand), Some(right), ..] = node.inputs.as_slice() else { return None };
         let result = node.outputs.first().copied().flatten()?;
         let number = |name: &str| node.attribute(name).map_or(Some(1.0), Attribute::as_float);
@@ -91,7 +91,7 @@ impl Weights {
             return None;
         }
         let (inner, outer) = (usize::try_from(inner).ok()?, usize::try_from(outer).ok()?);
-        Some(Product { operand, weight, transposed, bias, result, inner, outer })
+        Some(WeightProduct { operand, weight, transposed, bias, result, inner, outer })
     }
 
     /// The table of which a `Gather` takes rows: its id, rows and columns.
@@ -106,7 +106,7 @@ impl Weights {
     }
 
     /// The matrix of a product as bytes of f32, one row for each output.
-    pub fn rows(&self, product: &Product) -> Tensor {
+    pub fn rows(&self, product: &WeightProduct) -> Tensor {
         let Some(tensor) = self.matrix(product.weight) else { return Tensor::from_f32(&[0, 0], &[]) };
         let layout = if product.transposed { WeightLayout::Rows } else { WeightLayout::Columns };
         let rows = layout.rows(tensor);
@@ -116,7 +116,7 @@ impl Weights {
 }
 
 /// New constants of one graph. Large ones are kept in a file, so that memory holds one at a time.
-pub(super) struct Constants {
+pub(super) struct FloatConstants {
     path: PathBuf,
     file: File,
     length: u64,
@@ -128,13 +128,13 @@ enum Content {
     File { offset: u64, length: u64 },
 }
 
-impl Constants {
+impl FloatConstants {
     /// `path` names a new file in a scratch folder that outlives the constants.
     ///
     /// Errors: `Error::Io`.
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create_new(path).map_err(|e| Error::io("create", path, e))?;
-        Ok(Constants { path: path.to_path_buf(), file, length: 0, entries: Vec::new() })
+        Ok(FloatConstants { path: path.to_path_buf(), file, length: 0, entries: Vec::new() })
     }
 
     /// Adds a constant with a name like this one.
@@ -156,7 +156,7 @@ impl Constants {
 
     /// Makes a value a constant.
     ///
-    /// Errors: as [`Constants::add`].
+    /// Errors: as [`FloatConstants::add`].
     pub fn set(&mut self, id: ValueId, dtype: DataType, dims: &[u64], bytes: Vec<u8>) -> Result<()> {
         let content = if bytes.len() < SMALL_BYTES {
             Content::Memory(bytes)
@@ -224,7 +224,7 @@ pub(super) fn remove_dead_code(body: &mut Body) {
     body.nodes.iter_mut().flat_map(Node::bodies_mut).for_each(remove_dead_code);
 }
 
-/// Constants of the float graph that stayed and are neither small nor vectors, with the operators that read them.
+/// FloatConstants of the float graph that stayed and are neither small nor vectors, with the operators that read them.
 pub(super) fn kept_tensors(model: &Model, names: &HashSet<String>) -> Vec<KeptTensor> {
     let mut readers: HashMap<ValueId, BTreeSet<String>> = HashMap::new();
     let mut kept = Vec::new();

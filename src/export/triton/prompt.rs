@@ -5,7 +5,7 @@ use crate::ir::{Dim, Model, ValueId};
 use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{InputKind, Port};
 
-use super::super::generate::graph::{Carried, Graphs, INPUT_IDS, DecoderPorts, Rows, TokenIds, at_image_tokens, fed};
+use super::super::generate::graph::{Carried, DecoderPorts, Graphs, INPUT_IDS, Rows, TokenIds, at_image_tokens, fed};
 use super::super::nodes::{graph_input, inputs_of, only_output, scalar, symbol, tensor};
 
 /// The token embeddings, `[1, T, D]`.

@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 use crate::ir::{DataType, Model};
 use crate::runtime::InputKind;
 
-use super::super::generate::graph::{Graphs, MAX_NEW_TOKENS, DecoderPorts, TokenIds};
+use super::super::generate::graph::{DecoderPorts, Graphs, MAX_NEW_TOKENS, TokenIds};
 use super::config::model_config;
 use super::prompt::{IMAGE_FEATURES, TOKEN_EMBEDS};
 use super::schema::model_ensembling::{Entry, Step};

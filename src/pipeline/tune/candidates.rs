@@ -23,7 +23,7 @@ use crate::rewrite::drop_layers;
 use super::costs::size_bytes;
 use super::predict::Predictor;
 use super::quality::{encoded, samples_of};
-use super::solve::Point;
+use super::solve::TunePoint;
 use super::target::Figures;
 
 /// Finetunes a candidate. A program that refers to [`with_torch`] links LibTorch.
@@ -72,7 +72,7 @@ impl HeldBack {
     /// The loss of an answer token with all choices of a combination, in nats.
     ///
     /// Errors: as `AnswerMeter`.
-    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: Point) -> Result<f64> {
+    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: TunePoint) -> Result<f64> {
         let key = (point[1], point[2]);
         if !self.answers.contains_key(&key) {
             if self.tower != point[1] {
@@ -116,7 +116,7 @@ struct Changes<'a> {
 /// Writes the model of a combination into the work folder, unless it is there.
 ///
 /// Errors: as `steps::prune` and `BundleWriter::set_pictures`.
-pub fn made(stages: &mut Stages, predictor: &Predictor, point: Point) -> Result<Finished> {
+pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Result<Finished> {
     let changes = Changes {
         decoder: &predictor.choice(0, point).dropped,
         tower: &predictor.choice(1, point).dropped,
@@ -155,7 +155,7 @@ pub fn heal(
     stages: &mut Stages,
     healer: Healer,
     healed: &Healed,
-    (predictor, point): (&Predictor, Point),
+    (predictor, point): (&Predictor, TunePoint),
     scores: &Finished,
     model: &Finished,
 ) -> Result<Finished> {

@@ -14,6 +14,6 @@ mod target;
 pub use candidates::{Healed, Healer, with_torch};
 pub use costs::{BudgetCosts, Costs};
 pub use quality::{AXES, Axis, Choice, Quality};
-pub use report::{Candidate, NamedPlan, Plan as TunePlan, TuneReport};
+pub use report::{Candidate, NamedPlan, TunePlan, TuneReport};
 pub use search::{TUNE_FILE, Tune, tune};
-pub use target::{Figures, TARGETS, Target, TargetKind};
+pub use target::{Figures, TARGETS, TargetKind, TuneTarget};

@@ -4,7 +4,7 @@ use crate::base::{Error, Result};
 
 use super::costs::{BudgetCosts, Costs};
 use super::quality::{Choice, Quality};
-use super::solve::Point;
+use super::solve::TunePoint;
 use super::target::Figures;
 
 /// The choices with their costs.
@@ -27,38 +27,38 @@ impl<'a> Predictor<'a> {
     }
 
     /// Number of choices on each axis.
-    pub fn sizes(&self) -> Point {
+    pub fn sizes(&self) -> TunePoint {
         [0, 1, 2].map(|axis| self.quality.axes[axis].len())
     }
 
     /// The choice on an axis.
-    pub fn choice(&self, axis: usize, point: Point) -> &'a Choice {
+    pub fn choice(&self, axis: usize, point: TunePoint) -> &'a Choice {
         &self.quality.axes[axis][point[axis]]
     }
 
-    fn budget(&self, point: Point) -> &'a BudgetCosts {
+    fn budget(&self, point: TunePoint) -> &'a BudgetCosts {
         &self.costs.budgets[point[2]]
     }
 
     /// Image tokens of the measured question.
-    pub fn image_tokens(&self, point: Point) -> usize {
+    pub fn image_tokens(&self, point: TunePoint) -> usize {
         self.budget(point).image_tokens
     }
 
     /// The loss in nats, if the choices do not help or hurt each other: that of the unchanged model and what each choice
     /// adds.
-    pub fn loss(&self, point: Point) -> f64 {
+    pub fn loss(&self, point: TunePoint) -> f64 {
         let added = (0..3).map(|axis| self.choice(axis, point).loss - self.quality.loss);
         self.quality.loss + added.sum::<f64>()
     }
 
     /// Likelihood of an answer token over that of the unchanged model, predicted.
-    pub fn kept(&self, point: Point) -> f64 {
+    pub fn kept(&self, point: TunePoint) -> f64 {
         (self.quality.loss - self.loss(point)).exp()
     }
 
     /// Times and size: those of the whole model with this budget, less those of the dropped layers.
-    pub fn figures(&self, point: Point) -> Figures {
+    pub fn figures(&self, point: TunePoint) -> Figures {
         let (decoder, tower) = (&self.choice(0, point).dropped, &self.choice(1, point).dropped);
         let budget = self.budget(point);
         let (layers, tower_layers) = (decoder.len() as f64, tower.len() as f64);

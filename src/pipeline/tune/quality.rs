@@ -121,6 +121,9 @@ struct Measuring<'s, 'a> {
     notes: Vec<String>,
 }
 
+/// A sample and its number of tokens.
+type CountedSample = (Sample, usize);
+
 /// Samples for a part of the data, with their number of tokens under the model's own settings, and how many were left out.
 ///
 /// Errors: as `Dataset::open_for`; `Error::Unsupported` for data without conversations; `Error::Invalid` where no sample
@@ -130,7 +133,7 @@ pub fn samples_of(
     calibration: &Calibration,
     part: DataPart,
     most: usize,
-) -> Result<(Dataset, Vec<(Sample, usize)>, usize)> {
+) -> Result<(Dataset, Vec<CountedSample>, usize)> {
     let subject = || format!("data `{}`", calibration.data.display());
     let dataset = Dataset::open_for(&calibration.data, bundle, &calibration.data_options(part))?;
     if dataset.holds_tensors() || dataset.holds_text() {

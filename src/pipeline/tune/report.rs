@@ -8,8 +8,8 @@ use crate::data::ImageSettings;
 
 use super::costs::Costs;
 use super::predict::Predictor;
-use super::solve::Point;
-use super::target::{Figures, Target};
+use super::solve::TunePoint;
+use super::target::{Figures, TuneTarget};
 
 /// The content of `tune.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -18,16 +18,16 @@ pub struct TuneReport {
     #[serde(flatten)]
     pub provenance: Provenance,
     /// The limits.
-    pub targets: Vec<Target>,
+    pub targets: Vec<TuneTarget>,
     /// What every part costs here.
     pub costs: Costs,
     /// The unchanged model.
-    pub whole: Plan,
+    pub whole: TunePlan,
     /// The plan with the least predicted loss within the limits.
-    pub best: Plan,
+    pub best: TunePlan,
     /// Plans that no other plan beats in time and loss at once, the fastest first: by time to the first token, or by the
     /// first target.
-    pub front: Vec<Plan>,
+    pub front: Vec<TunePlan>,
     /// The best plan within the limits that uses a single axis, for each axis that has one.
     pub single_axis: Vec<NamedPlan>,
     /// About a quarter of the layers or of the image tokens left out, one axis at a time and two.
@@ -53,9 +53,9 @@ impl TuneReport {
 /// A combination of choices with its prediction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Plan {
+pub struct TunePlan {
     #[serde(skip)]
-    pub(super) point: Point,
+    pub(super) point: TunePoint,
     /// Dropped decoder layers.
     pub decoder: Vec<usize>,
     /// Dropped layers of the vision tower.
@@ -82,7 +82,7 @@ pub struct NamedPlan {
     /// What it leaves out.
     pub name: String,
     /// The plan.
-    pub plan: Plan,
+    pub plan: TunePlan,
 }
 
 /// A model that was made.
@@ -90,7 +90,7 @@ pub struct NamedPlan {
 #[serde(deny_unknown_fields)]
 pub struct Candidate {
     /// Its plan.
-    pub plan: Plan,
+    pub plan: TunePlan,
     /// True for the best plan that uses decoder depth alone, made for comparison.
     pub depth_alone: bool,
     /// True after finetuning.
@@ -107,10 +107,10 @@ pub struct Candidate {
     pub meets: bool,
 }
 
-impl Plan {
+impl TunePlan {
     /// The plan of a combination.
-    pub(super) fn of(predictor: &Predictor, point: Point) -> Self {
-        Plan {
+    pub(super) fn of(predictor: &Predictor, point: TunePoint) -> Self {
+        TunePlan {
             point,
             decoder: predictor.choice(0, point).dropped.clone(),
             tower: predictor.choice(1, point).dropped.clone(),
@@ -183,7 +183,7 @@ impl TuneReport {
         let head =
             ["plan", "ms to first token", "tokens per s", "size", "image tokens", "loss", "kept", "held-back loss"];
         let mut rows = vec![head.map(String::from).to_vec()];
-        let mut add = |name: &str, plan: &Plan| {
+        let mut add = |name: &str, plan: &TunePlan| {
             let Figures { ttft_ms, tokens_per_s, size_bytes } = plan.predicted;
             rows.push(vec![
                 format!("{name}: {}", plan.shown()),

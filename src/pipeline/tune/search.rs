@@ -18,10 +18,10 @@ use super::candidates::{Healed, Healer, HeldBack, heal, made, measured};
 use super::costs::{self, Costs};
 use super::predict::Predictor;
 use super::quality::{self, AXES, Quality, QualitySettings, samples_of};
-use super::report::{Candidate, NamedPlan, Plan, TuneReport};
-use super::solve::{Point, front, points, ranked};
+use super::report::{Candidate, NamedPlan, TunePlan, TuneReport};
+use super::solve::{TunePoint, front, points, ranked};
 use super::svg::front_svg;
-use super::target::{Target, all_met};
+use super::target::{TuneTarget, all_met};
 
 /// Name of the report in the work folder, without extension.
 pub const TUNE_FILE: &str = "tune";
@@ -46,7 +46,7 @@ pub struct Tune<'a> {
     /// Strategies that choose layers of the decoder.
     pub strategies: Vec<String>,
     /// The limits, all of which must hold.
-    pub targets: Vec<Target>,
+    pub targets: Vec<TuneTarget>,
     /// Rounds, generated tokens and threads of every measurement.
     pub options: StageOptions,
     /// Device of every run.
@@ -64,7 +64,7 @@ pub struct Tune<'a> {
 /// Settings of a tuning as they are recorded.
 #[derive(Serialize)]
 struct Recorded<'a> {
-    targets: &'a [Target],
+    targets: &'a [TuneTarget],
     quality: &'a QualitySettings,
     held_back: f64,
     times: StageOptions,
@@ -206,14 +206,14 @@ impl Search<'_, '_> {
         let sizes = predictor.sizes();
         let whole = predictor.figures([0; 3]);
         if all_met(targets, &whole, 1.0)? {
-            let shown = targets.iter().map(Target::shown).collect::<Result<Vec<_>>>()?.join(" and ");
+            let shown = targets.iter().map(TuneTarget::shown).collect::<Result<Vec<_>>>()?.join(" and ");
             return Err(Error::invalid(format!("target of {shown}"), "the model meets it as it is")
                 .remedy("nothing need be dropped; ask for less"));
         }
         let within = self.within(predictor, 1.0, &|_| true)?;
         let Some(&best) = within.first() else { return Err(unreachable(targets, predictor)?) };
-        let main = targets.first().map(Target::row).transpose()?;
-        let cost = |point: Point| {
+        let main = targets.first().map(TuneTarget::row).transpose()?;
+        let cost = |point: TunePoint| {
             let figures = predictor.figures(point);
             main.map_or(
                 figures.ttft_ms,
@@ -223,9 +223,9 @@ impl Search<'_, '_> {
         let plans = front(sizes, |point| predictor.loss(point), cost);
         let mut single_axis = Vec::new();
         for (axis, row) in AXES.iter().enumerate() {
-            let alone = |point: Point| (0..3).all(|other| other == axis || point[other] == 0);
+            let alone = |point: TunePoint| (0..3).all(|other| other == axis || point[other] == 0);
             if let Some(&point) = self.within(predictor, 1.0, &alone)?.first() {
-                single_axis.push(NamedPlan { name: row.name.to_string(), plan: Plan::of(predictor, point) });
+                single_axis.push(NamedPlan { name: row.name.to_string(), plan: TunePlan::of(predictor, point) });
             }
         }
         let mut inputs = quality.provenance.inputs.clone();
@@ -234,13 +234,13 @@ impl Search<'_, '_> {
             provenance: Provenance::new(TuneReport::SCHEMA_VERSION, inputs, &self.recorded())?,
             targets: targets.clone(),
             costs: costs.clone(),
-            whole: Plan::of(predictor, [0; 3]),
-            best: Plan::of(predictor, best),
-            front: plans.into_iter().map(|point| Plan::of(predictor, point)).collect(),
+            whole: TunePlan::of(predictor, [0; 3]),
+            best: TunePlan::of(predictor, best),
+            front: plans.into_iter().map(|point| TunePlan::of(predictor, point)).collect(),
             single_axis,
             quarters: quarters(predictor, costs)
                 .into_iter()
-                .map(|(name, point)| NamedPlan { name, plan: Plan::of(predictor, point) })
+                .map(|(name, point)| NamedPlan { name, plan: TunePlan::of(predictor, point) })
                 .collect(),
             candidates: Vec::new(),
             chosen: None,
@@ -255,15 +255,20 @@ impl Search<'_, '_> {
     }
 
     /// Combinations within the limits, those with the least loss first, but not the unchanged model.
-    fn within(&self, predictor: &Predictor, margin: f64, allowed: &dyn Fn(Point) -> bool) -> Result<Vec<Point>> {
+    fn within(
+        &self,
+        predictor: &Predictor,
+        margin: f64,
+        allowed: &dyn Fn(TunePoint) -> bool,
+    ) -> Result<Vec<TunePoint>> {
         let targets = &self.tune.targets;
         for target in targets {
             target.row()?;
         }
-        let fits = |point: Point| {
+        let fits = |point: TunePoint| {
             point != [0; 3] && allowed(point) && all_met(targets, &predictor.figures(point), margin).unwrap_or(false)
         };
-        let time = |point: Point| predictor.figures(point).ttft_ms;
+        let time = |point: TunePoint| predictor.figures(point).ttft_ms;
         Ok(ranked(predictor.sizes(), fits, |point| predictor.loss(point), time))
     }
 
@@ -275,7 +280,7 @@ impl Search<'_, '_> {
         report.held_back_loss = Some(whole_loss);
         self.compare(predictor, report, &mut held_back)?;
         let question = self.question(quality)?;
-        let mut made: BTreeMap<Point, Finished> = BTreeMap::new();
+        let mut made: BTreeMap<TunePoint, Finished> = BTreeMap::new();
         let mut margin = 1.0;
         for attempt in 0..ATTEMPTS {
             let chosen = self.shortlist(predictor, &mut held_back, margin, attempt == 0)?;
@@ -297,7 +302,7 @@ impl Search<'_, '_> {
             if report.chosen.is_some() {
                 break;
             }
-            margin = MARGIN / self.least_excess(report)?.max(1.0) * margin;
+            margin *= MARGIN / self.least_excess(report)?.max(1.0);
         }
         report.notes.extend(drift(report));
         let Some(number) = report.chosen else { return Err(missed(&self.tune.targets, report)?) };
@@ -335,7 +340,7 @@ impl Search<'_, '_> {
         held_back: &mut HeldBack,
         margin: f64,
         compare: bool,
-    ) -> Result<Vec<(Point, bool)>> {
+    ) -> Result<Vec<(TunePoint, bool)>> {
         let mut list = self.within(predictor, margin, &|_| true)?;
         list.truncate(SHORTLIST.max(self.tune.candidates));
         let mut losses = Vec::with_capacity(list.len());
@@ -343,7 +348,7 @@ impl Search<'_, '_> {
             losses.push((held_back.loss(&self.stages, predictor, point)?, point));
         }
         losses.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut found: Vec<(Point, bool)> =
+        let mut found: Vec<(TunePoint, bool)> =
             losses.into_iter().take(self.tune.candidates).map(|(_, point)| (point, false)).collect();
         if compare {
             let alone = self.within(predictor, margin, &|point| point[1] == 0 && point[2] == 0)?.first().copied();
@@ -359,11 +364,11 @@ impl Search<'_, '_> {
         &mut self,
         predictor: &Predictor,
         held_back: &HeldBack,
-        (point, depth_alone): (Point, bool),
+        (point, depth_alone): (TunePoint, bool),
         question: &Sample,
         whole_loss: f64,
     ) -> Result<(Finished, Candidate)> {
-        let plan = Plan::of(predictor, point);
+        let plan = TunePlan::of(predictor, point);
         self.stages.note(&format!("candidate without {}", plan.shown()));
         let mut model = made(&mut self.stages, predictor, point)?;
         if let Some(healed) = &self.tune.healed {
@@ -402,7 +407,7 @@ impl Search<'_, '_> {
 
 /// About a quarter of the decoder's layers, of the image tokens and of the tower's layers left out, as near as the choices
 /// come.
-fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(String, Point)> {
+fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(String, TunePoint)> {
     let [decoder, tower, pictures] = predictor.sizes();
     let choice = |axis: usize, size: usize, layers: usize| {
         let wanted = (layers as f64 / 4.0).round() as usize;
@@ -432,10 +437,10 @@ fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(String, Point)> {
 }
 
 /// The error for limits that no plan meets, with the best that can be reached.
-fn unreachable(targets: &[Target], predictor: &Predictor) -> Result<Error> {
-    let mut worst: Option<(f64, &Target, Point)> = None;
+fn unreachable(targets: &[TuneTarget], predictor: &Predictor) -> Result<Error> {
+    let mut worst: Option<(f64, &TuneTarget, TunePoint)> = None;
     for target in targets {
-        let mut nearest: Option<(f64, Point)> = None;
+        let mut nearest: Option<(f64, TunePoint)> = None;
         for point in points(predictor.sizes()) {
             let excess = target.excess(&predictor.figures(point))?;
             if nearest.is_none_or(|(least, _)| excess < least) {
@@ -456,7 +461,7 @@ fn unreachable(targets: &[Target], predictor: &Predictor) -> Result<Error> {
         return Ok(Error::invalid("the targets together", "cannot be reached, though each of them can")
             .remedy("set a weaker one"));
     }
-    let (reached, plan) = ((row.show)((row.figure)(&predictor.figures(point))), Plan::of(predictor, point));
+    let (reached, plan) = ((row.show)((row.figure)(&predictor.figures(point))), TunePlan::of(predictor, point));
     Ok(Error::invalid(
         format!("target of {}", target.shown()?),
         format!(
@@ -481,8 +486,8 @@ fn drift(report: &TuneReport) -> Option<String> {
 }
 
 /// The error for candidates of which none is within the limits by measurement.
-fn missed(targets: &[Target], report: &TuneReport) -> Result<Error> {
-    let shown = targets.iter().map(Target::shown).collect::<Result<Vec<_>>>()?.join(" and ");
+fn missed(targets: &[TuneTarget], report: &TuneReport) -> Result<Error> {
+    let shown = targets.iter().map(TuneTarget::shown).collect::<Result<Vec<_>>>()?.join(" and ");
     let mut nearest = Vec::new();
     for target in targets {
         let row = target.row()?;

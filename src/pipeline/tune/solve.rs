@@ -1,29 +1,29 @@
 //! The search over all combinations of one choice on each axis.
 
 /// A choice on each axis of `axes::AXES`, by its index there; 0 changes nothing.
-pub type Point = [usize; 3];
+pub type TunePoint = [usize; 3];
 
 /// Every combination, the unchanged model first.
-pub fn points(sizes: Point) -> impl Iterator<Item = Point> {
+pub fn points(sizes: TunePoint) -> impl Iterator<Item = TunePoint> {
     let [a, b, c] = sizes;
     (0..a).flat_map(move |x| (0..b).flat_map(move |y| (0..c).map(move |z| [x, y, z])))
 }
 
 /// Combinations that `fits`, those with the least loss first; of equal losses the one with the smaller cost.
 pub fn ranked(
-    sizes: Point,
-    fits: impl Fn(Point) -> bool,
-    loss: impl Fn(Point) -> f64,
-    cost: impl Fn(Point) -> f64,
-) -> Vec<Point> {
-    let mut found: Vec<Point> = points(sizes).filter(|&point| fits(point)).collect();
+    sizes: TunePoint,
+    fits: impl Fn(TunePoint) -> bool,
+    loss: impl Fn(TunePoint) -> f64,
+    cost: impl Fn(TunePoint) -> f64,
+) -> Vec<TunePoint> {
+    let mut found: Vec<TunePoint> = points(sizes).filter(|&point| fits(point)).collect();
     found.sort_by(|&a, &b| loss(a).total_cmp(&loss(b)).then(cost(a).total_cmp(&cost(b))).then(a.cmp(&b)));
     found
 }
 
 /// The front: combinations to which no other one is better in loss or cost and as good in the other. By rising cost.
-pub fn front(sizes: Point, loss: impl Fn(Point) -> f64, cost: impl Fn(Point) -> f64) -> Vec<Point> {
-    let mut all: Vec<Point> = points(sizes).collect();
+pub fn front(sizes: TunePoint, loss: impl Fn(TunePoint) -> f64, cost: impl Fn(TunePoint) -> f64) -> Vec<TunePoint> {
+    let mut all: Vec<TunePoint> = points(sizes).collect();
     all.sort_by(|&a, &b| cost(a).total_cmp(&cost(b)).then(loss(a).total_cmp(&loss(b))).then(a.cmp(&b)));
     let mut least = f64::INFINITY;
     all.retain(|&point| {
@@ -53,12 +53,12 @@ mod tests {
         })
     }
 
-    fn sum(tables: &[Vec<f64>; 3], point: Point) -> f64 {
+    fn sum(tables: &[Vec<f64>; 3], point: TunePoint) -> f64 {
         tables.iter().zip(point).map(|(table, index)| table[index]).sum()
     }
 
     /// All combinations, by a counter with digits.
-    fn counted(sizes: Point) -> Vec<Point> {
+    fn counted(sizes: TunePoint) -> Vec<TunePoint> {
         let total: usize = sizes.iter().product();
         let digits = |mut number: usize| {
             [2, 1, 0].into_iter().fold([0; 3], |mut point, axis| {
@@ -76,7 +76,7 @@ mod tests {
             let sizes = [losses[0].len(), losses[1].len(), losses[2].len()];
             let limit = f64::from(limit);
             let found = ranked(sizes, |p| sum(&costs, p) <= limit, |p| sum(&losses, p), |p| sum(&costs, p));
-            let within: Vec<Point> = counted(sizes).into_iter().filter(|&p| sum(&costs, p) <= limit).collect();
+            let within: Vec<TunePoint> = counted(sizes).into_iter().filter(|&p| sum(&costs, p) <= limit).collect();
             prop_assert_eq!(found.len(), within.len());
             let least = within.iter().map(|&p| sum(&losses, p)).fold(f64::INFINITY, f64::min);
             if let Some(&best) = found.first() {
@@ -92,8 +92,8 @@ mod tests {
         fn the_front_is_what_nothing_dominates((losses, costs) in tables()) {
             let sizes = [losses[0].len(), losses[1].len(), losses[2].len()];
             let all = counted(sizes);
-            let key = |p: Point| (sum(&costs, p), sum(&losses, p));
-            let dominated = |p: Point| all.iter().any(|&q| {
+            let key = |p: TunePoint| (sum(&costs, p), sum(&losses, p));
+            let dominated = |p: TunePoint| all.iter().any(|&q| {
                 let ((cost, loss), (other_cost, other_loss)) = (key(p), key(q));
                 other_cost <= cost && other_loss <= loss && (other_cost < cost || other_loss < loss)
             });

@@ -86,14 +86,14 @@ fn with_unit(text: &str, units: &[(&str, f64)], example: &str) -> Result<f64, St
 /// A limit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Target {
+pub struct TuneTarget {
     /// `ttft`, `tokens-per-s` or `size`.
     pub kind: String,
     /// Milliseconds, tokens per second or bytes.
     pub value: f64,
 }
 
-impl Target {
+impl TuneTarget {
     /// Its row.
     ///
     /// Errors: `Error::Invalid` for an unknown kind.
@@ -134,8 +134,8 @@ impl Target {
 
 /// True for figures within all limits, with times made stricter by `margin`.
 ///
-/// Errors: as `Target::row`.
-pub fn all_met(targets: &[Target], figures: &Figures, margin: f64) -> Result<bool> {
+/// Errors: as `TuneTarget::row`.
+pub fn all_met(targets: &[TuneTarget], figures: &Figures, margin: f64) -> Result<bool> {
     for target in targets {
         if !target.is_met(figures, margin)? {
             return Ok(false);
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn limits_hold_in_their_own_direction_and_a_margin_is_for_times() {
         let figures = Figures { ttft_ms: 90.0, tokens_per_s: 10.0, size_bytes: 100 };
-        let target = |kind: &str, value: f64| Target { kind: kind.into(), value };
+        let target = |kind: &str, value: f64| TuneTarget { kind: kind.into(), value };
         for (kind, value, met, strictly) in [
             ("ttft", 100.0, true, true),
             ("ttft", 91.0, true, false),
