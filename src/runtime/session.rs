@@ -283,7 +283,9 @@ impl Session {
                 ));
             }
         }
-        match feeds.iter().find(|(name, _)| self.input(name).is_none()) {
+        // An input with a default value may be given or left out.
+        let optional = |name: &str| self.inner.overridable_initializers().iter().any(|known| known.name() == name);
+        match feeds.iter().find(|(name, _)| self.input(name).is_none() && !optional(name)) {
             Some((name, _)) => {
                 let known: Vec<&str> = self.inputs.iter().map(|port| port.name.as_str()).collect();
                 Err(Error::invalid(
