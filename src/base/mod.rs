@@ -33,5 +33,5 @@ pub use progress::{Progress, notice, set_quiet};
 pub use runaway::{on_runaway, watched};
 pub use staging::{ScratchDir, StagedDir, folder_of};
 pub use stopwatch::Stopwatch;
-pub use text::{clipped, findings_preview, human_bytes, human_count, list_preview, shortened};
+pub use text::{BYTE_UNITS, clipped, findings_preview, human_bytes, human_count, list_preview, shortened};
 pub use threads::thread_count;

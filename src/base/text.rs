@@ -1,5 +1,16 @@
 //! Formatting of sizes, lists and names in messages.
 
+/// Units of sizes in arguments, in bytes, those first of which another is the end.
+pub const BYTE_UNITS: &[(&str, f64)] = &[
+    ("KiB", 1024.0),
+    ("MiB", 1024.0 * 1024.0),
+    ("GiB", 1024.0 * 1024.0 * 1024.0),
+    ("kB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("TB", 1e12),
+];
+
 /// `1.38 MB`, `912 B`: decimal units, three significant digits.
 pub fn human_bytes(bytes: u64) -> String {
     scaled(bytes, &["B", "kB", "MB", "GB", "TB"])

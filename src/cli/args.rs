@@ -102,24 +102,13 @@ pub fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Units of numbers, the longer ones first.
-const UNITS: &[(&str, f64)] = &[
-    ("KiB", 1024.0),
-    ("MiB", 1024.0 * 1024.0),
-    ("GiB", 1024.0 * 1024.0 * 1024.0),
-    ("kB", 1e3),
-    ("MB", 1e6),
-    ("GB", 1e9),
-    ("TB", 1e12),
-    ("k", 1e3),
-    ("M", 1e6),
-    ("G", 1e9),
-    ("B", 1.0),
-];
+/// Units of numbers besides those of sizes.
+const COUNT_UNITS: &[(&str, f64)] = &[("k", 1e3), ("M", 1e6), ("G", 1e9), ("B", 1.0)];
 
 /// A positive integer, optionally with a unit: `1500000`, `1.5M`, `800MiB`.
 pub fn amount(text: &str) -> Result<u64, String> {
-    let unit = UNITS.iter().find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
+    let unit =
+        base::BYTE_UNITS.iter().chain(COUNT_UNITS).find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
     let (number, factor) = unit.unwrap_or((text, 1.0));
     match number.parse::<f64>() {
         Ok(value) if value > 0.0 && (1.0..1e18).contains(&(value * factor)) => Ok((value * factor) as u64),

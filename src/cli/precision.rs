@@ -8,7 +8,8 @@ use crate::base::{Cancel, Device, Result, human_bytes};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::export::{
-    RangeCalibration, PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, precision_named,
+    PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, RangeCalibration,
+    precision_named,
 };
 
 use super::args::positive;

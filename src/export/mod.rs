@@ -21,8 +21,8 @@ use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 use crate::hub::commit_of;
 
 pub use precision::{
-    RangeCalibration, KeptOperators, KeptTensor, PRECISIONS, PrecisionRow, PrecisionReport, PrecisionRequest,
-    PrecisionSettings, QuantisedComponent, QuantisedTensor, export_variants, precision_named, write_variants,
+    KeptOperators, KeptTensor, PRECISIONS, PrecisionReport, PrecisionRequest, PrecisionRow, PrecisionSettings,
+    QuantisedComponent, QuantisedTensor, RangeCalibration, export_variants, precision_named, write_variants,
 };
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};

@@ -22,5 +22,5 @@ pub use sweep::{
 pub use table::{Speed, Table, TableRow};
 pub use tune::{
     AXES, Axis, BudgetCosts, Candidate, Choice, Costs, Figures, Healed, Healer, NamedPlan, Quality, TARGETS, TUNE_FILE,
-    TuneTarget, TargetKind, Tune, TunePlan, TuneReport, tune, with_torch,
+    TargetKind, Tune, TunePlan, TuneReport, TuneTarget, tune, with_torch,
 };

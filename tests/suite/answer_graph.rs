@@ -38,7 +38,16 @@ fn pictures(encoded: &Encoded, port: &Port) -> Option<Array> {
 
 /// Runs the graph on a prompt; `None` for pictures that do not fit one run of the vision encoder.
 pub fn answer(graph: &mut Session, encoded: &Encoded, tokens: i64) -> Option<Vec<i64>> {
-    let mut feeds = Vec::new();
+    answer_with(graph, encoded, tokens, Vec::new())
+}
+
+/// The same with values for inputs that may be left out.
+fn answer_with(
+    graph: &mut Session,
+    encoded: &Encoded,
+    tokens: i64,
+    mut feeds: Vec<(String, TensorValue)>,
+) -> Option<Vec<i64>> {
     for port in graph.inputs().to_vec() {
         let tensor = match port.name.as_str() {
             "input_ids" => {
@@ -122,23 +131,10 @@ fn tokens_are_drawn_by_temperature_and_seed() {
     let (_, want) = family.cases().next().expect("a case");
     let encoded = processor.encode_prompt(&sample(&want["turns"])).expect("a prompt");
     let mut draw = |temperature: f32, seed: i64, tokens: i64| -> Vec<i64> {
-        let mut feeds = Vec::new();
-        for port in graph.inputs().to_vec() {
-            let tensor = match port.name.as_str() {
-                "input_ids" => {
-                    TensorValue::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone())
-                }
-                "max_new_tokens" => TensorValue::from_i64(DataType::Int64, &[], vec![tokens]),
-                _ => TensorValue::from_array(port.dtype, pictures(&encoded, &port).expect("pictures")),
-            };
-            feeds.push((port.name, tensor.expect("a tensor")));
-        }
         let heat = TensorValue::from_f32(DataType::Float, &[], vec![temperature]).expect("a tensor");
         let seed = TensorValue::from_i64(DataType::Int64, &[], vec![seed]).expect("a tensor");
-        feeds.extend([("temperature".to_string(), heat), ("seed".to_string(), seed)]);
-        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let outputs = graph.run(&feeds, None).expect("an answer");
-        outputs.get("generated_ids").expect("ids").to_ir().expect("a tensor").to_i64s().expect("ids")
+        let more = vec![("temperature".to_string(), heat), ("seed".to_string(), seed)];
+        answer_with(&mut graph, &encoded, tokens, more).expect("pictures of one run")
     };
     let greedy = draw(0.0, 5, TOKENS);
     assert_eq!(draw(0.0, 6, TOKENS), greedy);

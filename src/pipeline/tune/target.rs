@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result, human_bytes};
+use crate::base::{BYTE_UNITS, Error, Result, human_bytes};
 
 /// Figures of a model that targets limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -55,19 +55,10 @@ pub const TARGETS: &[TargetKind] = &[
         name: "size",
         at_most: true,
         is_time: false,
-        parse: |text| with_unit(text, SIZES, "300MB or 1.5GiB"),
+        parse: |text| with_unit(text, BYTE_UNITS, "300MB or 1.5GiB"),
         figure: |figures| figures.size_bytes as f64,
         show: |value| format!("a size of {}", human_bytes(value as u64)),
     },
-];
-
-const SIZES: &[(&str, f64)] = &[
-    ("KiB", 1024.0),
-    ("MiB", 1024.0 * 1024.0),
-    ("GiB", 1024.0 * 1024.0 * 1024.0),
-    ("kB", 1e3),
-    ("MB", 1e6),
-    ("GB", 1e9),
 ];
 
 /// A positive number with one of these units behind it, in the first unit's scale.
