@@ -165,7 +165,7 @@ pub const TARGETS: &[ExportTarget] = &[
     ExportTarget {
         name: "tract",
         summary: "The same for tract: standard operators, and no free sizes noted on inner values",
-        consumer: "tract 0.23",
+        consumer: "the planner of tract 0.23",
         library: "tract",
         writes_variants: false,
         settings: &[VARIANT, MAX_IR_VERSION, OPSET],
