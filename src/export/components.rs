@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file};
-use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Variants, is_card};
+use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
 use crate::rewrite::{raise_opset, split_buffers, standard_operators};
 
@@ -27,6 +27,24 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
         chosen.extend(variants.choose(&all)?);
     }
     Ok(chosen)
+}
+
+/// The decoder among loaded components, for targets that join the other components with it.
+///
+/// Errors: `Error::Unsupported` without a decoder that takes both a prompt and a cache, or with a projector of its own.
+pub(super) fn decoder_of<'p, 'b>(parts: &'p [(&'b Component, Model)]) -> Result<&'p (&'b Component, Model)> {
+    let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
+    if let Some((projector, _)) = of(Role::Projector) {
+        return Err(Error::unsupported(
+            format!("`{}`", projector.file),
+            "is a projector of its own, which is not joined",
+        )
+        .remedy("export it within the vision encoder"));
+    }
+    of(Role::Decoder).ok_or_else(|| {
+        Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
+            .remedy("export its decoder as one graph")
+    })
 }
 
 /// Writes a graph in the form that the settings ask for: with standard operators, in a later operator set, with smaller

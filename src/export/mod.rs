@@ -48,32 +48,21 @@ const INSTANCE_KIND: Setting = ("--instance-kind", |settings| settings.serving.i
 const ACCELERATOR: Setting = ("--accelerator", |settings| settings.serving.accelerator.is_some());
 const VERSIONS: Setting = ("--versions", |settings| settings.serving.versions.is_some());
 const WARM_UP: Setting = ("--warm-up", |settings| settings.serving.warm_up);
-const SETTINGS: &[Setting] = &[
-    MAX_BATCH_SIZE,
-    VARIANT,
-    MAX_IR_VERSION,
-    STANDARD_OPS,
-    OPSET,
-    MAX_BUFFER,
-    BASE,
-    DENSE,
-    SHARD_SIZE,
-    DYNAMIC_BATCHING,
-    INSTANCES,
-    INSTANCE_KIND,
-    ACCELERATOR,
-    VERSIONS,
-    WARM_UP,
-];
+/// The setting of every target.
+const REPORT: Setting = ("--report", |settings| !settings.reports.is_empty());
 
-/// Those of every target that writes graphs.
+/// The settings that targets read; one of several targets comes several times.
+fn settings_of_targets() -> impl Iterator<Item = &'static Setting> {
+    TARGETS.iter().flat_map(|target| target.settings)
+}
+
+/// Settings of most targets that write graphs.
 const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
     pub fn first_set(&self) -> Option<&'static str> {
-        let reports: Setting = ("--report", |settings| !settings.reports.is_empty());
-        SETTINGS.iter().chain([&reports]).find(|(_, is_set)| is_set(self)).map(|(name, _)| *name)
+        settings_of_targets().chain([&REPORT]).find(|(_, is_set)| is_set(self)).map(|(name, _)| *name)
     }
 }
 
@@ -210,7 +199,7 @@ fn export_quantised(
     folder: &Path,
     precision: Vec<QuantisedComponent>,
 ) -> Result<Export> {
-    if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
+    if let Some((name, _)) = settings_of_targets().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
     }

@@ -23,7 +23,7 @@ use crate::ir::Model;
 use crate::onnx::{self, Storage};
 use crate::runtime::{Input, headed};
 
-use super::components::{chosen, convert, copy, is_carried, size_of, write as write_text};
+use super::components::{chosen, convert, copy, decoder_of, is_carried, size_of, write as write_text};
 use super::configs::{object, pretty, tokenizer_config, with_chunks};
 use super::nodes::only_output;
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -107,16 +107,7 @@ fn graphs_of<'a>(
     parts: &'a [(&'a Component, Model)],
 ) -> Result<(Vec<Graph<'a>>, GenaiFigures, Option<Vec<Input>>)> {
     let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
-    let (source, decoder) = of(Role::Decoder).ok_or_else(|| {
-        Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
-            .remedy("export its decoder as one graph")
-    })?;
-    if let Some((projector, _)) = of(Role::Projector) {
-        let problem = "is a projector of its own, which ONNX Runtime GenAI is not given";
-        return Err(
-            Error::unsupported(format!("`{}`", projector.file), problem).remedy("export it within the vision encoder")
-        );
-    }
+    let (source, decoder) = decoder_of(parts)?;
     let config = bundle.require_config()?;
     let (decoder, figures) = graphs::decoder(&headed(bundle, decoder.clone())?, config.head_size())?;
     let mut graphs = vec![Graph { file: DECODER_FILE, source, model: decoder }];

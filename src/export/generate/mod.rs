@@ -22,7 +22,7 @@ use crate::onnx;
 use crate::rewrite::raise_opset;
 use crate::runtime::headed;
 
-use super::components::{chosen, convert, copy, create, size_of};
+use super::components::{chosen, convert, copy, create, decoder_of, size_of};
 use super::record::{ExportSettings, ExportedModel, Written};
 use graph::{Graphs, TokenIds, generation_graph};
 
@@ -53,17 +53,7 @@ impl<'a> LoadedGraphs<'a> {
             }
         }
         let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
-        let (source, decoder) = of(Role::Decoder).ok_or_else(|| {
-            Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
-                .remedy("export its decoder as one graph")
-        })?;
-        if let Some((projector, _)) = of(Role::Projector) {
-            return Err(Error::unsupported(
-                format!("`{}`", projector.file),
-                "is a projector of its own, which is not joined",
-            )
-            .remedy("export it within the vision encoder"));
-        }
+        let (source, decoder) = decoder_of(&parts)?;
         let decoder = headed(bundle, decoder.clone())?;
         let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
         let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
