@@ -2,7 +2,7 @@
 
 usage: table.py RUNS      RUNS: the folder with `run`'s reports
 
-"Own" is the manual's perplexity over that of the dense model finetuned on the same tokens; "other" is the mean, over the three
+"Own" is the manual's perplexity over that of the dense model finetuned on the same tokens, at the better rate; "other" is the mean, over the three
 other kinds, of the perplexity over that of the dense model as it came.
 """
 import json
@@ -28,9 +28,10 @@ def main():
         rows = {name: [perplexity(runs / f"{name}.{part}.{kind}.json") for kind in KINDS] for name in found}
         if not {"dense", "dense-all"} <= rows.keys():
             continue
+        finetuned = min(values[0] for name, values in rows.items() if name.startswith("dense-all"))
         print(f"\n{part}\n\n| model | {' | '.join(KINDS)} | own | other | trained |\n|---|{'---:|' * 7}")
         for name, values in sorted(rows.items(), key=lambda row: row[1][0]):
-            own = values[0] / rows["dense-all"][0]
+            own = values[0] / finetuned
             other = sum(value / dense for value, dense in zip(values[1:], rows["dense"][1:])) / 3
             cells = [shown(value, 1) for value in values] + [shown(own, 2), shown(other, 2)]
             report = runs / f"{name}.work" / "finetune.json"
