@@ -52,7 +52,7 @@ def by_row(found):
     return dict(sorted(rows.items()))
 
 
-def spread(values, form="{:.3f}"):
+def spread(values, form="{:.4f}"):
     text = form.format(np.mean(values))
     return text + (" ± " + form.format(np.std(values, ddof=1)) if len(values) > 1 else "")
 
@@ -110,6 +110,15 @@ def tests(work, bench):
             line += [spread([100 * accuracy(model, rare) for model in models], "{:.1f}")]
             line += [spread([loss(model, rare) for model in models])]
         print("| " + " | ".join(line) + " |")
+    for (kind, ratio, strategy, made, recipe, _), models in rows.items():
+        paper = next((rows[row] for row in rows if row[1:5] == (ratio, "interlace", "", "paper")), None)
+        if kind == 2 and recipe != "-" and paper and models is not paper:
+            mean = lambda models: np.mean([loss(model) for model in models])
+            own, theirs, floor = mean([m for _, m in models]), mean([m for _, m in paper]), mean(base)
+            print(
+                f"\n{strategy}, {recipe} at {100 * ratio:g}%: {own / theirs:.2f} of the loss of interlace, paper; "
+                f"of its loss above that of the dense model in the head {(own - floor) / (theirs - floor):.2f}"
+            )
 
 
 def seconds(work, names):
