@@ -15,7 +15,7 @@ import numpy as np
 
 DRAWS, SEED = 2000, 42
 NAME = re.compile(
-    r"(?:(?P<dropped>pruned)|healed)-(?P<strategy>[a-z-]+)-(?P<ratio>0\.\d+)(?P<made>\+[a-z0-9-]+)?"
+    r"(?:(?P<dropped>pruned)|healed)-(?P<strategy>[a-z-]+)-(?P<ratio>0\.\d+)(?P<made>\+[a-z0-9]+)?"
     r"(?:-(?P<recipe>[a-z]+\d*)-(?P<rate>[0-9.]+(?:e-?\d+)?)-(?P<seed>\d+))?"
 )
 DENSE = re.compile(r"dense-(?P<recipe>[a-z]+)-(?P<rate>[0-9.]+(?:e-?\d+)?)-(?P<seed>\d+)")
