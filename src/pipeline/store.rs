@@ -202,13 +202,10 @@ fn key_of<S: Serialize>(step: &str, inputs: &[(&str, &str)], settings: &S) -> Re
 /// True for a relative path without `..` whose folder, with links followed, is `folder` or below it.
 fn is_inside(folder: &Path, output: &str) -> bool {
     let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
-    let parent = folder.join(output).parent().map(resolved_path);
-    let is_below = || {
-        Ok::<_, Error>(
-            parent.transpose()?.is_some_and(|found| resolved_path(folder).is_ok_and(|own| found.starts_with(own))),
-        )
-    };
-    !output.is_empty() && Path::new(output).components().all(plain) && is_below().unwrap_or(false)
+    let parent = folder.join(Path::new(output).parent().unwrap_or(Path::new("")));
+    !output.is_empty()
+        && Path::new(output).components().all(plain)
+        && matches!((resolved_path(&parent), resolved_path(folder)), (Ok(found), Ok(own)) if found.starts_with(own))
 }
 
 fn remove(path: &Path) -> Result<()> {
