@@ -205,7 +205,7 @@ fn is_inside(folder: &Path, output: &str) -> bool {
     let parent = folder.join(Path::new(output).parent().unwrap_or(Path::new("")));
     !output.is_empty()
         && Path::new(output).components().all(plain)
-        && matches!((resolved_path(&parent), resolved_path(folder)), (Ok(found), Ok(own)) if found.starts_with(own))
+        && matches!((resolved_path(&parent), resolved_path(folder)), (Ok(found), Ok(own)) if found.starts_with(&own))
 }
 
 fn remove(path: &Path) -> Result<()> {
