@@ -53,7 +53,8 @@ pub struct Args {
     /// Model before it was trained, pruned or not; needed with --base for a trained model
     #[arg(long, value_name = "MODEL")]
     dense: Option<PathBuf>,
-    /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
+    /// Set the largest size of a file of weights, such as 100MB (transformers-js, genai, openvino, safetensors) [default: 5GB
+    /// for safetensors, 2GB for transformers-js, else unlimited]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated

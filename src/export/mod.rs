@@ -59,6 +59,8 @@ fn settings_of_targets() -> impl Iterator<Item = &'static Setting> {
 
 /// Settings of most targets that write graphs.
 const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER];
+/// The same of those that write data files beside the graphs.
+const SPLIT_GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER, SHARD_SIZE];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
@@ -122,7 +124,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
         writes_variants: true,
-        settings: GRAPHS,
+        settings: SPLIT_GRAPHS,
         write: transformers_js::write,
     },
     ExportTarget {
@@ -140,7 +142,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime-genai 0.18",
         library: "onnxruntime-genai",
         writes_variants: false,
-        settings: GRAPHS,
+        settings: SPLIT_GRAPHS,
         write: genai::write,
     },
     ExportTarget {
@@ -149,7 +151,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "openvino 2026.4",
         library: "openvino",
         writes_variants: false,
-        settings: GRAPHS,
+        settings: SPLIT_GRAPHS,
         write: plain::openvino,
     },
     ExportTarget {

@@ -6,9 +6,9 @@ use std::path::Path;
 use crate::base::{Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{Body, Model, Node, ValueId};
-use crate::onnx::{self, Storage};
+use crate::onnx;
 
-use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
+use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
 use super::configs::{object, pretty, with_chunks};
 use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -78,10 +78,8 @@ fn write(
         let folder = path.parent().unwrap_or(root);
         create(folder)?;
         let name = component.file.rsplit('/').next().unwrap_or(&component.file);
-        let storage = match weights == Weights::Inside || component.external.is_empty() {
-            true => Storage::Inline,
-            false => Storage::External { file_name: format!("{name}_data"), chunk_bytes: None },
-        };
+        let inline = weights == Weights::Inside || component.external.is_empty();
+        let storage = storage(&model, settings, inline, format!("{name}_data"), None)?;
         let data = onnx::save(&model, &path, &storage)?;
         if !data.is_empty() {
             chunks.insert(name.to_string(), data.len());

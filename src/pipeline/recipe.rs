@@ -13,12 +13,13 @@ use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::hub::HubName;
+use crate::method::select::DEFAULT_STRATEGY;
 use crate::method::{ModalityWeights, check_weights};
 
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
-use super::strategies::AutoSection;
+use super::strategies::{AUTO, AutoSection};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -102,8 +103,9 @@ pub struct PlanSection {
     #[serde(default)]
     pub target_speedup: Option<f64>,
     /// Strategies; the first is the one whose model the run is for, the others are compared with it. `auto` takes the one of
-    /// `auto.candidates` that is best on held-back data after a short healing.
-    #[serde(default = "default_strategies")]
+    /// `auto.candidates` that is best on held-back data after a short healing. By default `auto` where `[finetune]` has
+    /// `held_back`, else `shortgpt`.
+    #[serde(default)]
     pub strategies: Vec<String>,
     /// The choice of `auto`.
     #[serde(default, skip_serializing_if = "AutoSection::is_default")]
@@ -311,6 +313,10 @@ impl Recipe {
         let settings = table.get("finetune").and_then(|section| section.get("settings"));
         settings.and_then(toml::Value::as_table).map_or(Ok(()), finetune::refuse_moved)?;
         let mut recipe: Recipe = toml::from_str(text).map_err(invalid)?;
+        if table.get("plan").and_then(|plan| plan.get("strategies")).is_none() {
+            let name = if recipe.finetune.held_back > 0.0 { AUTO } else { DEFAULT_STRATEGY };
+            recipe.plan.strategies = vec![name.to_string()];
+        }
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
@@ -370,10 +376,6 @@ fn default_seed() -> u64 {
     42
 }
 
-fn default_strategies() -> Vec<String> {
-    vec!["interlace".to_string()]
-}
-
 fn default_healing() -> String {
     DEFAULT_RECIPE.to_string()
 }
@@ -414,6 +416,16 @@ mod tests {
         assert_eq!(recipe.eval.benchmarks, [Path::new("fixtures/data/bench.tsv")]);
         assert_eq!(recipe.finetune.settings.peak_rate(), 1e-3);
         assert_eq!(recipe.calibration.seed, 42);
+    }
+
+    #[test]
+    fn a_recipe_without_strategies_chooses_on_held_back_data_where_there_is_some() {
+        let without = RECIPE.replace("strategies = [\"interlace\", \"random\"]", "");
+        let strategies = |text: &str| Recipe::parse(text, Path::new("")).map(|recipe| recipe.plan.strategies);
+        assert_eq!(strategies(&without).unwrap(), [DEFAULT_STRATEGY]);
+        assert_eq!(strategies(&without.replace("settings =", "held_back = 0.1\nsettings =")).unwrap(), [AUTO]);
+        let none = RECIPE.replace("\"interlace\", \"random\"", "");
+        assert!(strategies(&none).unwrap_err().to_string().contains("`strategies` is empty"));
     }
 
     #[test]

@@ -68,6 +68,22 @@ pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
     Ok(WrittenReport { output: output.to_path_buf(), size_bytes: page.len() as u64, sections })
 }
 
+/// File of the chart of kept score over speed, in the folder of a run or sweep.
+pub const FRONT_FILE: &str = "front.svg";
+
+/// Draws kept score over speed as [`FRONT_FILE`] into the folder of a run or sweep. Gives its path, or `None` with fewer than
+/// two models whose speed is known.
+///
+/// Errors: as `RunFolder::read`; `Error::Io`.
+pub fn draw_front(run: &Path) -> Result<Option<PathBuf>> {
+    let path = run.join(FRONT_FILE);
+    let Some(text) = models::pareto_file(&RunFolder::read(run)?) else { return Ok(None) };
+    let mut file = AtomicFile::create(&path)?;
+    file.write_all(text.as_bytes())?;
+    file.commit()?;
+    Ok(Some(path))
+}
+
 fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {
     let (mut body, mut contents, mut sections) = (String::new(), Vec::new(), Vec::new());
     for (id, name, make) in SECTIONS {

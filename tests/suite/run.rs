@@ -236,6 +236,8 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     assert_eq!((done, counts()), (6, (3, 0, 12)), "{}", stderr(&more));
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
+    let chart = fs::read_to_string(out.join("front.svg")).expect("a chart");
+    assert!(chart.starts_with("<svg xmlns=") && chart.contains(", fast</text>"), "{chart}");
     let page = interlace(here, &["report", out.to_str().expect("a path"), "-o", "page.html"]);
     assert_eq!(page.status.code(), Some(0), "{}", stderr(&page));
     let text = fs::read_to_string(here.join("page.html")).expect("a page");
