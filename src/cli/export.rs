@@ -11,7 +11,7 @@ use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 use super::args::{amount, model};
 use super::context::{Context, Outcome};
 use super::output::table;
-use super::precision::{PrecisionArgs, print_components, report_precision};
+use super::precision::{PrecisionArgs, print_precision};
 
 /// Write the model in the layout of a server, a library or the hub
 #[derive(clap::Args)]
@@ -142,11 +142,15 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
                         .into());
                 }
                 let report = export::write_variants(&bundle, &request, &args.output)?;
-                return report_precision(&report.components, &report, context);
+                match output.json {
+                    true => output.json(&report)?,
+                    false => print_precision(&report.components, report.sensitivity.as_ref(), output)?,
+                }
+                return Ok(Outcome::Done);
             };
             let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
             if !output.json {
-                print_components(&export.precision, output)?;
+                print_precision(&export.precision, export.sensitivity.as_ref(), output)?;
             }
             export
         }

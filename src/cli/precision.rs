@@ -2,18 +2,15 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
-
 use crate::base::{Cancel, Device, Result, human_bytes};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::export::{
-    PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, RangeCalibration,
-    precision_named,
+    BudgetRequest, PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, RangeCalibration,
+    Sensitivity, precision_named,
 };
 
-use super::args::positive;
-use super::context::{Context, Outcome};
+use super::args::{amount, positive};
 use super::data_args::DataArgs;
 use super::output::{Output, table};
 
@@ -32,7 +29,17 @@ pub struct PrecisionArgs {
     /// Take the scale of 4-bit weights from the block's range (nearest), or search the one with the least squared error (search)
     #[arg(long, value_name = "HOW", default_value = "search", value_parser = ["nearest", "search"], requires = "precision")]
     rounding: String,
-    /// Measure the ranges of activations for int8-qdq on this data, in the forms that `score` reads
+    /// Measure what int4 and 8-bit weights cost in each layer and component, on the answers of --data [default: off]
+    #[arg(long, requires = "data")]
+    sensitivity: bool,
+    /// Give parts of int4 8 bits or floats, where they lower the divergence most for each byte, while its files stay within this
+    /// size, such as 500MB [default: 4 bits everywhere]
+    #[arg(long, value_name = "SIZE", value_parser = amount, requires = "data")]
+    target_size: Option<u64>,
+    /// The same until the KL divergence from the float model, in nats and as the mean over answer tokens, is at most this
+    #[arg(long, value_name = "NATS", requires = "data")]
+    max_kl: Option<f64>,
+    /// Calibrate on this data, in the forms that `score` reads: the ranges of activations for int8-qdq, and the sensitivity
     #[arg(long, value_name = "DATA", requires = "precision")]
     data: Option<PathBuf>,
     /// Draw this number of samples from the data
@@ -83,25 +90,62 @@ impl PrecisionArgs {
             zero_points: self.zero_points,
             least_error: self.rounding == "search",
         };
-        PrecisionRequest { precisions: &self.precision, settings, calibration }
+        let (target_bytes, max_kl) = (self.target_size, self.max_kl);
+        let measured = self.sensitivity || target_bytes.is_some() || max_kl.is_some();
+        let budget = measured.then_some(BudgetRequest { target_bytes, max_kl });
+        PrecisionRequest { precisions: &self.precision, settings, calibration, budget }
     }
 }
 
-/// Prints a report, as JSON where that is asked for.
-pub fn report_precision(
+/// Prints the size and the error of each file, and what its parts cost where that was measured.
+pub fn print_precision(
     components: &[QuantisedComponent],
-    report: &impl Serialize,
-    context: &Context,
-) -> anyhow::Result<Outcome> {
-    match context.output.json {
-        true => context.output.json(report)?,
-        false => print_components(components, &context.output)?,
+    sensitivity: Option<&Sensitivity>,
+    output: &Output,
+) -> anyhow::Result<()> {
+    print_components(components, output)?;
+    sensitivity.map_or(Ok(()), |sensitivity| print_sensitivity(sensitivity, output))
+}
+
+fn print_sensitivity(found: &Sensitivity, output: &Output) -> anyhow::Result<()> {
+    let heads = ["component", "part", "float32", "int8", "KL of int8", "int4", "KL of int4", "written as"];
+    let mut rows = vec![heads.map(String::from).to_vec()];
+    for part in &found.parts {
+        rows.push(vec![
+            part.role.name().to_string(),
+            part.part.clone(),
+            human_bytes(part.float_bytes),
+            human_bytes(part.int8_bytes),
+            format!("{:.1e}", part.int8_kl),
+            human_bytes(part.int4_bytes),
+            format!("{:.1e}", part.int4_kl),
+            part.form.name().to_string(),
+        ]);
     }
-    Ok(Outcome::Done)
+    output.line(table(&rows))?;
+    output.line(format!(
+        "KL: nats from the float model, mean over {} answer tokens of {} samples; {} prefills",
+        found.answer_tokens, found.samples, found.prefills
+    ))?;
+    if let Some(budget) = &found.budget {
+        let limits = [
+            budget.target_bytes.map(|most| format!("size at most {}", human_bytes(most))),
+            budget.max_kl.map(|most| format!("KL at most {most}")),
+        ];
+        output.line(format!(
+            "{}: met with {} and KL {:.2e} (int4 everywhere: KL {:.2e}; sum of the parts: {:.2e})",
+            limits.into_iter().flatten().collect::<Vec<_>>().join(", "),
+            human_bytes(budget.size_bytes),
+            budget.kl,
+            budget.int4_kl,
+            budget.sum_of_parts
+        ))?;
+    }
+    Ok(())
 }
 
 /// Prints the size and the error of each file, and what stayed in floats.
-pub fn print_components(components: &[QuantisedComponent], output: &Output) -> anyhow::Result<()> {
+fn print_components(components: &[QuantisedComponent], output: &Output) -> anyhow::Result<()> {
     let heads = ["precision", "file", "size before", "size after", "tensors", "mean error", "largest error"];
     let mut rows = vec![heads.map(String::from).to_vec()];
     for part in components {

@@ -104,7 +104,7 @@ fn write(
     let precisions: Vec<_> = names.iter().map(|name| precision_named(name).expect("a precision")).collect();
     write_variants(
         &Bundle::open(model)?,
-        &PrecisionRequest { precisions: &precisions, settings, calibration: None },
+        &PrecisionRequest { precisions: &precisions, settings, calibration: None, budget: None },
         out,
     )
 }

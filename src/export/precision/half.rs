@@ -355,9 +355,9 @@ fn rename(body: &mut Body, names: &HashMap<ValueId, ValueId>) {
 ///
 /// Errors: as [`half`].
 pub(super) fn four_bits(work: Work<'_>) -> Result<Done> {
-    let Work { settings, ranges, scratch, file, .. } = work;
+    let Work { settings, forms, ranges, scratch, file, .. } = work;
     let four = super::int4::quantise(work, DataType::Float16)?;
-    let next = Work { model: four.model, settings, ranges, scratch, file };
+    let next = Work { model: four.model, settings, forms, ranges, scratch, file };
     let mut done = half(next)?;
     done.quantised = four.quantised.into_iter().chain(done.quantised).collect();
     Ok(done)

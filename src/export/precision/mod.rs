@@ -1,11 +1,15 @@
-//! PrecisionRow variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
+//! Precision variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
 
+mod allocation;
 mod calibrate;
+mod divergence;
+mod forms;
 mod half;
 mod int4;
 mod int8;
 mod kept;
 mod report;
+mod sensitivity;
 mod types;
 mod weights;
 
@@ -21,15 +25,21 @@ use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
 
 pub use calibrate::{RangeCalibration, Ranges};
+pub use forms::WeightForm;
 pub use report::{
-    KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PrecisionReport, QuantisedComponent,
-    QuantisedTensor,
+    Budget, KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PartSensitivity, PrecisionReport,
+    QuantisedComponent, QuantisedTensor, Sensitivity,
 };
+pub use sensitivity::BudgetRequest;
 
 use super::ExportTarget;
 use super::components::chosen;
 use super::record::{Export, ExportSettings};
+use forms::WeightForms;
 use weights::{FloatConstants, kept_tensors, remove_dead_code};
+
+/// The precision whose parts may have 8 bits or stay floats.
+const MIXED: &str = "int4";
 
 /// A precision in which `export` writes a model.
 #[derive(Clone, Copy, Debug)]
@@ -116,6 +126,8 @@ impl Default for PrecisionSettings {
 struct Work<'a> {
     model: Model,
     settings: &'a PrecisionSettings,
+    /// The form of each weight in blocks.
+    forms: &'a WeightForms,
     ranges: &'a Ranges,
     /// A folder for temporary files.
     scratch: &'a Path,
@@ -167,8 +179,10 @@ pub struct PrecisionRequest<'a> {
     pub precisions: &'a [&'static PrecisionRow],
     /// Settings of weights in blocks.
     pub settings: PrecisionSettings,
-    /// Samples for precisions that need ranges of activations.
+    /// Samples for precisions that need ranges of activations, and for measuring.
     pub calibration: Option<RangeCalibration<'a>>,
+    /// Measures what each part costs in `int4`, and chooses forms for the parts within these limits.
+    pub budget: Option<BudgetRequest>,
 }
 
 /// Writes a model in these precisions for a target, as [`super::export`] does: all of them and the floats where the target has room
@@ -200,7 +214,7 @@ pub fn export_variants(
     let name = bundle.name();
     let folder = scratch.path().join(name.rsplit('/').next().unwrap_or(&name));
     let report = write_variants(bundle, request, &folder)?;
-    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report.components)
+    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report)
 }
 
 /// Writes a copy of a model folder that has the model in these precisions too, each file under its name with a suffix. In layouts
@@ -210,9 +224,9 @@ pub fn export_variants(
 /// block size that no operator takes; `Error::Unsupported` for graphs with functions of their own; as [`onnx::load`] and
 /// [`onnx::save`]. On an error no folder remains.
 pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &Path) -> Result<PrecisionReport> {
-    let PrecisionRequest { precisions, settings, calibration } = request;
+    let PrecisionRequest { precisions, settings, calibration, budget } = request;
     let calibration = calibration.as_ref();
-    check(bundle, precisions, settings, calibration)?;
+    check(bundle, request)?;
     bundle.check_output(output)?;
     let mut writer = BundleWriter::create(bundle, output)?;
     let scratch = ScratchDir::create_in(folder_of(output))?;
@@ -222,8 +236,12 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
     if let Some(calibration) = calibration.filter(|_| precisions.iter().any(|row| row.calibrated)) {
         ranges = calibrate::ranges(bundle, calibration)?;
     }
+    let mut allocation = None;
+    if let Some((calibration, budget)) = calibration.zip(*budget) {
+        allocation = Some(sensitivity::allocate(bundle, &components, (settings, calibration), budget, scratch.path())?);
+    }
     let progress = Progress::new("quantise", "files", (precisions.len() * components.len()) as u64);
-    let nothing = Ranges::new();
+    let (nothing, all_alike) = (Ranges::new(), WeightForms::default());
     let mut written = Vec::new();
     for precision in *precisions {
         for component in &components {
@@ -231,7 +249,9 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
             refuse(&model, &component.file)?;
             let names = constant_names(&model);
             let ranges = ranges.get(&component.file).unwrap_or(&nothing);
-            let work = Work { model, settings, ranges, scratch: scratch.path(), file: &component.file };
+            let forms = allocation.as_ref().filter(|_| precision.name == MIXED);
+            let forms = forms.and_then(|it| it.forms.get(&component.file)).unwrap_or(&all_alike);
+            let work = Work { model, settings, forms, ranges, scratch: scratch.path(), file: &component.file };
             let done = (precision.write)(work)?;
             let suffix = bundle.layout().names_variants().then_some(precision.suffix);
             let (file, bytes_after) = writer.save_variant(component, suffix, &done.model)?;
@@ -257,9 +277,14 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         calibration.map(|calibration| calibration.dataset.digest()).transpose()?.map(|it| ("data".to_string(), it)),
     );
     let recorded = serde_json::json!({ "precisions": names, "blocks": settings });
+    let mut sensitivity = allocation.map(|allocation| allocation.sensitivity);
+    if let Some(budget) = sensitivity.as_mut().and_then(|found| found.budget.as_mut()) {
+        budget.size_bytes = written.iter().filter(|part| part.precision == MIXED).map(|part| part.bytes_after).sum();
+    }
     let report = PrecisionReport {
         provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?,
         components: written,
+        sensitivity,
     };
     writer.add_json(PRECISION_FILE, &report)?;
     writer.commit(Provenance::new(crate::bundle::Record::SCHEMA_VERSION, inputs, &recorded)?)?;
@@ -267,12 +292,11 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
 }
 
 /// What can be said before anything is written.
-fn check(
-    bundle: &Bundle,
-    precisions: &[&'static PrecisionRow],
-    settings: &PrecisionSettings,
-    calibration: Option<&RangeCalibration<'_>>,
-) -> Result<()> {
+fn check(bundle: &Bundle, request: &PrecisionRequest<'_>) -> Result<()> {
+    let PrecisionRequest { precisions, settings, calibration, budget } = request;
+    if let Some(budget) = budget {
+        check_budget(*budget, precisions, calibration.is_some())?;
+    }
     let block = settings.block_size;
     if !block.is_power_of_two() || block < 16 {
         return Err(Error::invalid("`--block-size`", format!("is {block}, expected a power of two of at least 16"))
@@ -288,7 +312,7 @@ fn check(
         return Err(Error::invalid(format!("`{}`", bundle.root().display()), problem)
             .remedy("write one folder for each precision"));
     }
-    for row in precisions {
+    for row in *precisions {
         if let Some(there) = bundle.components().iter().find(|component| component.variant == row.suffix) {
             return Err(Error::invalid(
                 format!("`{}`", there.file),
@@ -298,6 +322,25 @@ fn check(
         }
     }
     Ok(())
+}
+
+fn check_budget(budget: BudgetRequest, precisions: &[&PrecisionRow], has_data: bool) -> Result<()> {
+    if !precisions.iter().any(|row| row.name == MIXED) {
+        return Err(Error::invalid("`--precision`", format!("has no `{MIXED}`, whose parts are measured and chosen"))
+            .remedy("add int4, or leave `--sensitivity`, `--target-size` and `--max-kl` out"));
+    }
+    if !has_data {
+        return Err(
+            Error::invalid("the sensitivity", "needs calibration data").remedy("give conversations with `--data`")
+        );
+    }
+    match budget.max_kl {
+        Some(most) if !(most > 0.0 && most.is_finite()) => {
+            Err(Error::invalid("`--max-kl`", format!("is {most}, expected nats above 0"))
+                .remedy("give 0.01, for instance"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Operators of quantised graphs, as prefixes of their names.
