@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::base::{Cancel, Error, Provenance, Result, write_json};
-use crate::bundle::{Bundle, Variants, model_on_disk};
+use crate::bundle::{Bundle, ModelSource, Variants, model_on_disk};
 use crate::eval::ModelScores;
 
 use super::comparison::{OtherScore, check_there, parts};
@@ -95,10 +95,11 @@ pub fn sweep(
     let questions = questions(&sweep.eval.benchmarks)?;
     let (finetuned, dense_rows) = (BTreeMap::new(), Vec::new());
     let Finished { path, digest, .. } = maker.stages.dense_as_made();
+    let model = ModelSource::from(path.as_path());
     let dense = Measured {
-        scores: maker.stages.answers("dense", &path, &digest, &questions, &sweep.eval.settings)?,
+        scores: maker.stages.answers("dense", &model, &digest, &questions, &sweep.eval.settings)?,
         held_back_loss: made.dense_held_back_loss,
-        other: maker.stages.other("dense", (&path, &digest), &sweep.eval.other, &sweep.eval.settings)?,
+        other: maker.stages.other("dense", (&model, &digest), &sweep.eval.other, &sweep.eval.settings)?,
     };
     let mut run = SweepRun { sweep, maker, questions, dense, finetuned, dense_rows };
     for models in &made.dense_finetuned {
@@ -135,8 +136,9 @@ impl SweepRun<'_> {
             made = self.maker.again(model)?;
         }
         let stages = &mut self.maker.stages;
-        let scores = stages.answers(step, &made.path, &made.digest, &self.questions, settings)?;
-        let other = stages.other(step, (&made.path, &made.digest), &sweep.eval.other, settings)?;
+        let source = ModelSource::from(made.path.as_path());
+        let scores = stages.answers(step, &source, &made.digest, &self.questions, settings)?;
+        let other = stages.other(step, (&source, &made.digest), &sweep.eval.other, settings)?;
         if !sweep.keep_models {
             stages.store.remove(step)?;
         }
@@ -148,14 +150,15 @@ impl SweepRun<'_> {
         let healed = self.measured(&cell.healed)?;
         let (step, pruned) = (cell.pruned_step.as_str(), &cell.pruned);
         let stages = &mut self.maker.stages;
-        let dropped = stages.answers(step, &pruned.path, &pruned.digest, &self.questions, &sweep.eval.settings)?;
+        let source = ModelSource::from(pruned.path.as_path());
+        let dropped = stages.answers(step, &source, &pruned.digest, &self.questions, &sweep.eval.settings)?;
         let ideal = match ideal_with_bridges(&pruned.path)? {
             Some(speedup) => speedup,
             None => stages.dense.costs.without_part(cell.plan.part, &cell.plan.drop).speedup,
         };
         let timed = match sweep.bench.enabled {
             true => {
-                let report = stages.bench(step, &pruned.path, &pruned.digest, &sweep.bench.settings)?;
+                let report = stages.bench(step, &source, &pruned.digest, &sweep.bench.settings)?;
                 report.speedup.map(|speedup| speedup.decoder_ttft.median)
             }
             false => None,
@@ -174,7 +177,7 @@ impl SweepRun<'_> {
             speedup: timed.unwrap_or(ideal),
             speedup_measured: timed.is_some(),
             // Healing changes the values of the weights, but not their size.
-            size_bytes: size_bytes(&cell.pruned.path)?,
+            size_bytes: size_bytes(&source)?,
         })
     }
 
