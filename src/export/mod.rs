@@ -21,9 +21,9 @@ use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 use crate::hub::commit_of;
 
 pub use precision::{
-    Budget, BudgetRequest, KeptOperators, KeptTensor, PRECISIONS, PartSensitivity, PrecisionReport, PrecisionRequest,
-    PrecisionRow, PrecisionSettings, QuantisedComponent, QuantisedTensor, RangeCalibration, Sensitivity, WeightForm,
-    export_variants, precision_named, write_variants,
+    BudgetRequest, KeptOperators, KeptTensor, PRECISIONS, PartSensitivity, PrecisionBudget, PrecisionReport,
+    PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, QuantisedTensor, RangeCalibration,
+    Sensitivity, WeightForm, export_variants, precision_named, write_variants,
 };
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};

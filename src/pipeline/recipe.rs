@@ -15,7 +15,7 @@ use crate::hub::HubName;
 use crate::method::{ModalityWeights, check_weights};
 
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
-use super::exporting::ExportSection;
+use super::export_section::ExportSection;
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
 use super::strategies::AutoSection;

@@ -4,7 +4,7 @@ use super::forms::WeightForm;
 
 /// Bytes and divergence of one part in each form, in the order of [`WeightForm::ALL`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Costs {
+pub(super) struct FormCosts {
     /// Bytes of its weights.
     pub bytes: [u64; 3],
     /// Divergence in nats when this part alone has the form.
@@ -24,7 +24,7 @@ pub(super) struct Upgrade {
 
 /// The upgrades from 4 bits in all parts to floats in all parts, each time the one that lowers the sum of the divergences most for
 /// each byte. Upgrades that lower nothing come last, the cheapest first, so that the end is the float model.
-pub(super) fn upgrades(costs: &[Costs]) -> Vec<Upgrade> {
+pub(super) fn upgrades(costs: &[FormCosts]) -> Vec<Upgrade> {
     let mut forms = vec![WeightForm::Int4; costs.len()];
     let mut found = Vec::new();
     loop {
@@ -60,7 +60,7 @@ pub(super) fn forms_after<'a>(parts: usize, upgrades: impl IntoIterator<Item = &
 
 /// The forms within `spare` bytes more than 4 bits take: upgrades in their order, without those that no longer fit and what builds
 /// on them, nor those that lower nothing.
-pub(super) fn forms_within(costs: &[Costs], upgrades: &[Upgrade], spare: u64) -> Vec<WeightForm> {
+pub(super) fn forms_within(costs: &[FormCosts], upgrades: &[Upgrade], spare: u64) -> Vec<WeightForm> {
     let mut forms = vec![WeightForm::Int4; costs.len()];
     let mut left = spare;
     for upgrade in upgrades {
@@ -81,12 +81,12 @@ mod tests {
     use super::*;
     use WeightForm::{Float32, Int4, Int8};
 
-    fn costs() -> Vec<Costs> {
+    fn costs() -> Vec<FormCosts> {
         vec![
-            Costs { bytes: [80, 20, 10], kl: [0.0, 0.01, 0.5] },
-            Costs { bytes: [80, 20, 10], kl: [0.0, 0.001, 0.02] },
+            FormCosts { bytes: [80, 20, 10], kl: [0.0, 0.01, 0.5] },
+            FormCosts { bytes: [80, 20, 10], kl: [0.0, 0.001, 0.02] },
             // No bytes between 4 bits and floats, and no loss.
-            Costs { bytes: [40, 40, 10], kl: [0.0, 0.0, 0.0] },
+            FormCosts { bytes: [40, 40, 10], kl: [0.0, 0.0, 0.0] },
         ]
     }
 

@@ -27,8 +27,8 @@ use crate::onnx;
 pub use calibrate::{RangeCalibration, Ranges};
 pub use forms::WeightForm;
 pub use report::{
-    Budget, KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PartSensitivity, PrecisionReport,
-    QuantisedComponent, QuantisedTensor, Sensitivity,
+    KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PartSensitivity, PrecisionBudget,
+    PrecisionReport, QuantisedComponent, QuantisedTensor, Sensitivity,
 };
 pub use sensitivity::BudgetRequest;
 

@@ -41,7 +41,7 @@ pub struct Sensitivity {
     pub parts: Vec<PartSensitivity>,
     /// The forms that were chosen, where there was a target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub budget: Option<Budget>,
+    pub budget: Option<PrecisionBudget>,
 }
 
 /// One part of a model.
@@ -69,7 +69,7 @@ pub struct PartSensitivity {
 /// The result of a budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Budget {
+pub struct PrecisionBudget {
     /// Most bytes that the component files may take together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_bytes: Option<u64>,

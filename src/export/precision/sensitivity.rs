@@ -9,10 +9,10 @@ use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{Graph, Model};
 use crate::onnx::{self, Storage};
 
-use super::allocation::{Costs, forms_after, forms_within, upgrades};
+use super::allocation::{FormCosts, forms_after, forms_within, upgrades};
 use super::divergence::{Divergence, MEASURED};
 use super::forms::{WeightForm, WeightForms};
-use super::report::{Budget, PartSensitivity, Sensitivity};
+use super::report::{PartSensitivity, PrecisionBudget, Sensitivity};
 use super::{PrecisionSettings, RangeCalibration, Ranges, Work, int4, refuse};
 
 /// Limits of a model in `int4`, some of whose parts get 8 bits or stay floats. Without limits its parts are only measured.
@@ -55,8 +55,8 @@ pub(super) fn allocate(
         BudgetRequest { target_bytes: None, max_kl: Some(most) } => search.within_divergence(&rows, most, int4_kl)?,
     };
     let has_target = budget.target_bytes.is_some() || budget.max_kl.is_some();
-    let kl_of = |(row, form): (&Costs, &WeightForm)| row.kl[*form as usize];
-    let budget = Budget {
+    let kl_of = |(row, form): (&FormCosts, &WeightForm)| row.kl[*form as usize];
+    let budget = PrecisionBudget {
         target_bytes: budget.target_bytes,
         max_kl: budget.max_kl,
         size_bytes: 0,
@@ -167,7 +167,7 @@ struct Search<'a> {
 
 impl Search<'_> {
     /// Bytes and divergence of every part in every form.
-    fn measure_parts(&mut self) -> Result<Vec<Costs>> {
+    fn measure_parts(&mut self) -> Result<Vec<FormCosts>> {
         let count = self.parts.len();
         // Each step of the search for a divergence halves the upgrades, of which there are two for each part.
         let most = 2 * count + 2 + (2 * count).max(1).ilog2() as usize + 1;
@@ -183,7 +183,7 @@ impl Search<'_> {
                 kl[form as usize] = self.measure(&forms)?;
                 progress.advance(1);
             }
-            rows.push(Costs { bytes: self.parts[part].bytes, kl });
+            rows.push(FormCosts { bytes: self.parts[part].bytes, kl });
         }
         Ok(rows)
     }
@@ -222,7 +222,7 @@ impl Search<'_> {
         graphs.map(|(number, graph)| (graph.component.file.clone(), self.forms_of(number, forms))).collect()
     }
 
-    fn row(&self, part: &Part, costs: &Costs, form: WeightForm) -> PartSensitivity {
+    fn row(&self, part: &Part, costs: &FormCosts, form: WeightForm) -> PartSensitivity {
         PartSensitivity {
             role: self.graphs[part.graph].component.role,
             part: part.label.clone(),
@@ -236,7 +236,7 @@ impl Search<'_> {
     }
 
     /// As few upgrades as reach a divergence, found by halving their number.
-    fn within_divergence(&mut self, rows: &[Costs], most: f64, int4_kl: f64) -> Result<(Vec<WeightForm>, f64)> {
+    fn within_divergence(&mut self, rows: &[FormCosts], most: f64, int4_kl: f64) -> Result<(Vec<WeightForm>, f64)> {
         let upgrades = upgrades(rows);
         let forms = |count: usize| forms_after(rows.len(), &upgrades[..count]);
         if int4_kl <= most {
@@ -258,7 +258,7 @@ impl Search<'_> {
     /// The upgrades that fit into a size.
     fn within_size(
         &mut self,
-        rows: &[Costs],
+        rows: &[FormCosts],
         (most, max_kl): (u64, Option<f64>),
         int4_kl: f64,
     ) -> Result<(Vec<WeightForm>, f64)> {
