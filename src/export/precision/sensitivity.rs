@@ -279,9 +279,23 @@ impl Search<'_> {
                 None => break forms,
             }
         };
-        let kl = match forms.iter().all(|form| *form == WeightForm::Int4) {
-            true => int4_kl,
-            false => self.measure(&forms)?,
+        // Errors of parts may cancel each other, so that fewer changes may be better.
+        let fewer = [spare / 2, spare / 4].map(|spare| forms_within(rows, &upgrades, spare));
+        let mut tried = vec![vec![WeightForm::Int4; rows.len()]];
+        let (mut forms, mut kl) = (forms, None::<f64>);
+        for own in std::iter::once(forms.clone()).chain(fewer) {
+            if tried.contains(&own) {
+                continue;
+            }
+            let found = self.measure(&own)?;
+            if kl.is_none_or(|least| found < least) {
+                (forms, kl) = (own.clone(), Some(found));
+            }
+            tried.push(own);
+        }
+        let (forms, kl) = match kl.filter(|kl| *kl < int4_kl) {
+            Some(kl) => (forms, kl),
+            None => (vec![WeightForm::Int4; rows.len()], int4_kl),
         };
         match max_kl.filter(|max_kl| kl > *max_kl) {
             Some(max_kl) => {
