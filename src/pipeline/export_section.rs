@@ -102,12 +102,13 @@ impl ExportSection {
 
     /// The settings that a target reads.
     pub fn settings(&self, target: &ExportTarget) -> ExportSettings {
-        let mut settings = ExportSettings::default();
-        settings.standard_ops = self.standard_ops && target.reads("--standard-ops");
-        settings.opset = self.opset.filter(|_| target.reads("--opset"));
-        settings.max_ir_version = self.max_ir_version.filter(|_| target.reads("--max-ir-version"));
-        settings.max_buffer_bytes = self.max_buffer.filter(|_| target.reads("--max-buffer"));
-        settings
+        ExportSettings {
+            standard_ops: self.standard_ops && target.reads("--standard-ops"),
+            opset: self.opset.filter(|_| target.reads("--opset")),
+            max_ir_version: self.max_ir_version.filter(|_| target.reads("--max-ir-version")),
+            max_buffer_bytes: self.max_buffer.filter(|_| target.reads("--max-buffer")),
+            ..ExportSettings::default()
+        }
     }
 }
 
