@@ -46,7 +46,7 @@ pub use opset::raise_opset;
 pub use split_buffers::split_buffers;
 pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
-pub use tidy::{finish, remove_dead_code};
+pub use tidy::{finish, remove_dead_code, replace_uses};
 pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]

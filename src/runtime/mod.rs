@@ -54,7 +54,7 @@ pub use sampling::Sampler;
 pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
 pub use step::{Embedded, SideValues, Step};
 pub use tensor::{TensorElement, TensorValue};
-pub use tract::{InputFact, TractOutcome, tract_check};
+pub use tract::{InputFact, TractOutcome, tract_check, tract_run};
 pub use vision::VisionEncoder;
 pub use vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 

@@ -7,6 +7,7 @@ mod budgets;
 mod checkpoints;
 mod cli;
 mod compensation;
+mod consumers;
 mod corners;
 mod data_sets;
 mod deepstack;
