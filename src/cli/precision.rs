@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Cancel, Device, Result, human_bytes};
+use crate::base::{Cancel, Device, Error, Result, human_bytes};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::export::{
@@ -20,15 +20,16 @@ pub struct PrecisionArgs {
     /// Write the model in these precisions beside its floats, or for the target; see the list below
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = precision_named, long_help = precisions_help())]
     precision: Vec<&'static PrecisionRow>,
-    /// Give this number of 4-bit weights one scale: a power of two from 16 to 256
-    #[arg(long, value_name = "N", default_value_t = 32, requires = "precision")]
-    block_size: usize,
-    /// Give every block of 4-bit weights a zero point of its own [default: symmetric blocks]
+    /// Give this number of weights of int4 and q4f16 one scale: a power of two from 16 to 256 [default: 32]
+    #[arg(long, value_name = "N", requires = "precision")]
+    block_size: Option<usize>,
+    /// Give every block of int4 and q4f16 a zero point of its own [default: symmetric blocks]
     #[arg(long, requires = "precision")]
     zero_points: bool,
-    /// Take the scale of 4-bit weights from the block's range (nearest), or search the one with the least squared error (search)
-    #[arg(long, value_name = "HOW", default_value = "search", value_parser = ["nearest", "search"], requires = "precision")]
-    rounding: String,
+    /// Take the scale of a block of int4 and q4f16 from its range (nearest), or search the one with the least squared error
+    /// (search) [default: search]
+    #[arg(long, value_name = "HOW", value_parser = ["nearest", "search"], requires = "precision")]
+    rounding: Option<String>,
     /// Measure what int4 and 8-bit weights cost in each layer and component, on the answers of --data [default: off]
     #[arg(long, requires = "data")]
     sensitivity: bool,
@@ -54,12 +55,12 @@ pub struct PrecisionArgs {
     #[command(flatten)]
     reading: DataArgs,
     /// Measure on this device: cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", requires = "data")]
     device: Device,
 }
 
 fn precisions_help() -> String {
-    let rows = PRECISIONS.iter().map(|row| format!("  {:<10}{} (suffix _{})", row.name, row.summary, row.suffix));
+    let rows = PRECISIONS.iter().map(|row| format!("  {:<10}{} (`--variant {}`)", row.name, row.summary, row.suffix));
     format!("The precisions to write, separated by commas:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
@@ -71,9 +72,42 @@ impl PrecisionArgs {
 
     /// The calibration data, if there are any.
     ///
-    /// Errors: as `Dataset::open_for`.
+    /// Errors: as `Dataset::open_for`; `Error::Invalid` for a flag that none of the precisions reads.
     pub fn dataset(&self, bundle: &Bundle) -> Result<Option<Dataset>> {
+        self.refuse_unread()?;
         self.data.as_ref().map(|path| Dataset::open_for(path, bundle, &self.reading.options())).transpose()
+    }
+
+    fn is_measured(&self) -> bool {
+        self.sensitivity || self.target_size.is_some() || self.max_kl.is_some()
+    }
+
+    /// Errors: `Error::Invalid` for a flag that none of the precisions reads.
+    fn refuse_unread(&self) -> Result<()> {
+        let in_blocks = [
+            ("--block-size", self.block_size.is_some()),
+            ("--zero-points", self.zero_points),
+            ("--rounding", self.rounding.is_some()),
+        ];
+        let names = |wanted: fn(&PrecisionRow) -> bool| {
+            let rows = PRECISIONS.iter().filter(|row| wanted(row));
+            rows.map(|row| row.name).collect::<Vec<_>>().join(", ")
+        };
+        let unread = |flag: &str, readers: String, remedy: &str| {
+            let own: Vec<&str> = self.precision.iter().map(|row| row.name).collect();
+            let problem = format!("is read by {readers} alone, and `--precision` is {}", own.join(","));
+            Err(Error::invalid(format!("`{flag}`"), problem).remedy(remedy))
+        };
+        if let Some((flag, _)) = in_blocks.iter().find(|(_, is_set)| *is_set)
+            && !self.precision.iter().any(|row| row.in_blocks)
+        {
+            return unread(flag, names(|row| row.in_blocks), "leave it out, or name int4");
+        }
+        if self.data.is_some() && !self.is_measured() && !self.precision.iter().any(|row| row.calibrated) {
+            let readers = format!("{}, `--sensitivity`, `--target-size` and `--max-kl`", names(|row| row.calibrated));
+            return unread("--data", readers, "leave it out, or give one of these");
+        }
+        Ok(())
     }
 
     /// What the flags ask for.
@@ -86,13 +120,12 @@ impl PrecisionArgs {
             cancel,
         });
         let settings = PrecisionSettings {
-            block_size: self.block_size,
+            block_size: self.block_size.unwrap_or(PrecisionSettings::default().block_size),
             zero_points: self.zero_points,
-            least_error: self.rounding == "search",
+            least_error: self.rounding.as_deref() != Some("nearest"),
         };
         let (target_bytes, max_kl) = (self.target_size, self.max_kl);
-        let measured = self.sensitivity || target_bytes.is_some() || max_kl.is_some();
-        let budget = measured.then_some(BudgetRequest { target_bytes, max_kl });
+        let budget = self.is_measured().then_some(BudgetRequest { target_bytes, max_kl });
         PrecisionRequest { precisions: &self.precision, settings, calibration, budget }
     }
 }

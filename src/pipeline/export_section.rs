@@ -60,6 +60,10 @@ impl ExportSection {
                     .remedy("name one precision, or leave the target to a recipe of its own"));
             }
         }
+        if self.blocks != PrecisionSettings::default() && !precisions.iter().any(|row| row.in_blocks) {
+            return Err(Error::invalid("export.blocks", "is read by none of `precision`")
+                .remedy("name int4 or q4f16 in `precision`, or leave it out"));
+        }
         for (key, flag, is_set) in self.graph_settings() {
             if is_set && !targets.iter().any(|target| target.reads(flag)) {
                 return Err(Error::invalid(format!("export.{key}"), "is read by none of `targets`")
@@ -126,6 +130,7 @@ mod tests {
             ("precision = [\"int3\"]", "`int3` is none of fp16"),
             ("precision = [\"int4\", \"int4\"]", "`int4` twice"),
             ("targets = [\"triton\"]\nprecision = [\"int4\", \"fp16\"]", "`triton` has room for one"),
+            ("precision = [\"int8\"]\nblocks = { block_size = 128 }", "export.blocks: is read by none"),
             ("targets = [\"polish\"]", "`polish` is none of"),
             ("targets = [\"safetensors\"]", "export.base"),
             ("opset = 21", "export.opset: is read by none"),

@@ -33,6 +33,7 @@ mod mutations;
 mod operators;
 mod pictures;
 mod precision;
+mod precision_faults;
 mod properties;
 mod published;
 mod ranks;

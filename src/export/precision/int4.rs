@@ -7,6 +7,7 @@ use crate::checkpoint::floats;
 use crate::ir::{Attribute, AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId};
 use crate::quantised::{BlockForm, Packed, Scheme};
 
+use super::finite::{require_finite, require_scales};
 use super::forms::{WeightForm, WeightForms};
 use super::report::{QuantisedTensor, relative_error};
 use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
@@ -21,7 +22,7 @@ const INTEGER_ACTIVATIONS: usize = 4;
 
 /// The graph with 4-bit weights and scales in f32.
 ///
-/// Errors: `Error::Io` when the scratch file cannot be written.
+/// Errors: `Error::Io` when the scratch file cannot be written; `Error::Invalid` for a weight or a scale that is not finite.
 pub(super) fn single(work: Work<'_>) -> Result<Done> {
     quantise(work, DataType::Float)
 }
@@ -36,6 +37,7 @@ pub(super) fn quantise(mut work: Work<'_>, scale_type: DataType) -> Result<Done>
         scheme: Scheme::of(work.settings.zero_points, work.settings.least_error),
         block: work.settings.block_size,
         settings: work.settings,
+        file: work.file,
         forms: work.forms,
         scale_type,
         weights: &weights,
@@ -43,19 +45,24 @@ pub(super) fn quantise(mut work: Work<'_>, scale_type: DataType) -> Result<Done>
         known: HashMap::new(),
         tables: HashMap::new(),
         found: Vec::new(),
+        reasons: HashMap::new(),
     };
     replace_nodes(&mut work.model.graph, &mut |graph, node, _| quantiser.replace(graph, node))?;
-    let found = quantiser.found;
+    let (found, reasons) = (quantiser.found, quantiser.reasons);
     if !found.is_empty() {
         work.model.opset_imports.entry(MICROSOFT.into()).or_insert(1);
     }
-    Done::of(work.model, constants, found)
+    let mut done = Done::of(work.model, constants, found)?;
+    done.reasons = reasons;
+    Ok(done)
 }
 
 struct Quantiser<'a> {
     scheme: &'static Scheme,
     block: usize,
     settings: &'a PrecisionSettings,
+    /// Path of the graph, for messages.
+    file: &'a str,
     forms: &'a WeightForms,
     scale_type: DataType,
     weights: &'a Weights,
@@ -65,6 +72,8 @@ struct Quantiser<'a> {
     /// The same of tables.
     tables: HashMap<ValueId, Vec<ValueId>>,
     found: Vec<QuantisedTensor>,
+    /// Why weights stay in floats.
+    reasons: HashMap<String, String>,
 }
 
 /// Bytes of a matrix in blocks of so many bits, with scales in f32; `None` where padded blocks take more than its floats, so that it
@@ -142,21 +151,34 @@ impl Quantiser<'_> {
             };
         }
         let Some((id, rows, columns)) = self.weights.table(&node) else { return Ok(vec![node]) };
-        let form = |block| Some((block, self.bits(graph, id, block, rows, columns)?));
-        match table_block(self.block, columns).and_then(form) {
-            Some((block, bits)) => self.table(graph, node, (id, rows, columns), block, bits),
+        let Some(block) = table_block(self.block, columns) else {
+            let why = format!("its rows of {columns} are no whole number of blocks of {LEAST_BLOCK}");
+            self.reasons.insert(graph.name(id).to_string(), why);
+            return Ok(vec![node]);
+        };
+        match self.bits(graph, id, block, rows, columns) {
+            Some(bits) => self.table(graph, node, (id, rows, columns), block, bits),
             None => Ok(vec![node]),
         }
     }
 
     /// Bits of a weight; `None` for one that stays in floats.
-    fn bits(&self, graph: &Graph, weight: ValueId, block: usize, rows: usize, columns: usize) -> Option<usize> {
-        let bits = match self.forms.of(graph.name(weight)) {
-            WeightForm::Float32 => return None,
+    fn bits(&mut self, graph: &Graph, weight: ValueId, block: usize, rows: usize, columns: usize) -> Option<usize> {
+        let name = graph.name(weight);
+        let bits = match self.forms.of(name) {
+            WeightForm::Float32 => {
+                self.reasons.insert(name.to_string(), "its part stays in floats within the limits".to_string());
+                return None;
+            }
             WeightForm::Int8 => 8,
             WeightForm::Int4 => 4,
         };
-        packed_bytes(self.settings, block, bits, rows, columns).map(|_| bits)
+        if packed_bytes(self.settings, block, bits, rows, columns).is_none() {
+            let why = format!("rows of {columns} in blocks of {block} take as many bytes as its floats");
+            self.reasons.insert(name.to_string(), why);
+            return None;
+        }
+        Some(bits)
     }
 
     fn product(&mut self, graph: &mut Graph, node: Node, product: &WeightProduct, bits: usize) -> Result<Vec<Node>> {
@@ -252,10 +274,12 @@ impl Quantiser<'_> {
         let name = graph.name(id).to_string();
         let (rows, columns) = (matrix.dims[0] as usize, matrix.dims[1] as usize);
         let values = floats(matrix)?;
+        require_finite(self.file, &name, &values)?;
         let form = BlockForm { rows, columns, bits: bits as u32, block };
         let Packed { numbers, scales, zeros } = form.pack(&values, self.scheme, self.scale_type, &[])?;
         let stored = floats(&Tensor::from_bytes(self.scale_type, &dims[1], scales.clone()))?;
         let found = form.unpack(&numbers, &stored, zeros.as_deref());
+        require_scales(self.file, &name, &values, self.scale_type, &stored, &found)?;
         self.found.push(QuantisedTensor {
             name: name.clone(),
             dims: self.weights.matrix(id).map_or(Vec::new(), |tensor| tensor.dims.clone()),

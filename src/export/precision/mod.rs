@@ -3,6 +3,7 @@
 mod allocation;
 mod calibrate;
 mod divergence;
+mod finite;
 mod forms;
 mod half;
 mod int4;
@@ -13,7 +14,7 @@ mod sensitivity;
 mod types;
 mod weights;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use schemars::JsonSchema;
@@ -52,6 +53,8 @@ pub struct PrecisionRow {
     pub summary: &'static str,
     /// True when it needs the ranges of activations.
     pub calibrated: bool,
+    /// True when its weights share scales in blocks, to which [`PrecisionSettings`] apply.
+    pub in_blocks: bool,
     /// Rewrites one graph.
     write: fn(Work<'_>) -> Result<Done>,
 }
@@ -63,6 +66,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "fp16",
         summary: "Weights and activations in float16, inputs and outputs in float32",
         calibrated: false,
+        in_blocks: false,
         write: half::half,
     },
     PrecisionRow {
@@ -70,6 +74,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "quantized",
         summary: "Weights of 8 bits, activations rounded to 8 bits by their own range in every run",
         calibrated: false,
+        in_blocks: false,
         write: int8::dynamic,
     },
     PrecisionRow {
@@ -77,6 +82,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "int8",
         summary: "Weights and activations of 8 bits, activations by ranges measured on --data",
         calibrated: true,
+        in_blocks: false,
         write: int8::calibrated,
     },
     PrecisionRow {
@@ -84,6 +90,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "q4",
         summary: "Weights of 4 bits in blocks, activations in float32",
         calibrated: false,
+        in_blocks: true,
         write: int4::single,
     },
     PrecisionRow {
@@ -91,17 +98,22 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "q4f16",
         summary: "Weights of 4 bits in blocks, the rest as in fp16",
         calibrated: false,
+        in_blocks: true,
         write: half::four_bits,
     },
 ];
 
 /// The precision with this name.
 ///
-/// Errors: a message with the known names.
+/// Errors: a message with the known names, and the right one for the suffix of a precision's files.
 pub fn precision_named(name: &str) -> Result<&'static PrecisionRow, String> {
     let names: Vec<&str> = PRECISIONS.iter().map(|row| row.name).collect();
     let found = PRECISIONS.iter().find(|row| row.name == name);
-    found.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))
+    found.ok_or_else(|| {
+        let by_suffix = PRECISIONS.iter().find(|row| row.suffix == name);
+        let hint = by_suffix.map(|row| format!("; the files with the suffix `_{name}` are written by `{}`", row.name));
+        format!("`{name}` is none of {}{}", names.join(", "), hint.unwrap_or_default())
+    })
 }
 
 /// Settings of weights in blocks.
@@ -149,6 +161,8 @@ struct Done {
     model: Model,
     quantised: Vec<QuantisedTensor>,
     kept_operators: Vec<KeptOperators>,
+    /// Why weights stayed in floats, by their names. Others have no form with fewer bits.
+    reasons: HashMap<String, String>,
     clamped_numbers: u64,
 }
 
@@ -158,7 +172,7 @@ impl Done {
         model.graph.body.initializers.extend(constants.finish()?);
         remove_dead_code(&mut model.graph.body);
         crate::rewrite::finish(&mut model)?;
-        Ok(Done { model, quantised, kept_operators: Vec::new(), clamped_numbers: 0 })
+        Ok(Done { model, quantised, kept_operators: Vec::new(), reasons: HashMap::new(), clamped_numbers: 0 })
     }
 }
 
@@ -202,6 +216,10 @@ pub fn export_variants(
     settings: &ExportSettings,
     output: &Path,
 ) -> Result<Export> {
+    if !target.writes_variants && !target.reads("--variant") {
+        return Err(Error::invalid("`--precision`", format!("is not read by the target `{}`", target.name))
+            .remedy("leave it out: the target writes the weights of a checkpoint in its own types"));
+    }
     // The folder is made for nothing but its errors, which would otherwise come late.
     drop(StagedDir::create(output)?);
     let mut settings = settings.clone();
@@ -267,7 +285,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
                 file,
                 bytes_before: bundle.size_bytes(component)?,
                 bytes_after,
-                kept: if done.kept_operators.is_empty() { kept_tensors(&done.model, &names) } else { Vec::new() },
+                kept: if done.kept_operators.is_empty() { kept_tensors(&done, &names) } else { Vec::new() },
                 quantised: done.quantised,
                 kept_operators: done.kept_operators,
                 clamped_numbers: done.clamped_numbers,
@@ -299,6 +317,10 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
 /// What can be said before anything is written.
 fn check(bundle: &Bundle, request: &PrecisionRequest<'_>) -> Result<()> {
     let PrecisionRequest { precisions, settings, calibration, budget } = request;
+    let twice = precisions.iter().enumerate().find(|(at, row)| precisions[..*at].iter().any(|it| it.name == row.name));
+    if let Some((_, row)) = twice {
+        return Err(Error::invalid("`--precision`", format!("has `{}` twice", row.name)).remedy("name it once"));
+    }
     if let Some(budget) = budget {
         check_budget(*budget, precisions, calibration.is_some())?;
     }
@@ -413,4 +435,22 @@ fn find_node<'a>(body: &'a Body, wanted: &dyn Fn(&Node) -> bool) -> Option<&'a N
         true => Some(node),
         false => node.bodies().find_map(|inner| find_node(inner, wanted)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::PRECISION_VARIANTS;
+
+    #[test]
+    fn every_precision_is_found_by_its_name_and_by_the_variant_of_its_files() {
+        let rows: Vec<(&str, &str)> = PRECISIONS.iter().map(|row| (row.name, row.suffix)).collect();
+        assert_eq!(rows, PRECISION_VARIANTS);
+        for row in PRECISIONS {
+            assert_eq!(precision_named(row.name).unwrap().suffix, row.suffix);
+        }
+        let error = precision_named("q4").unwrap_err();
+        assert!(error.contains("none of fp16, int8") && error.ends_with("are written by `int4`"), "{error}");
+        assert!(precision_named("int3").unwrap_err().ends_with("q4f16"));
+    }
 }

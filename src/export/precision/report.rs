@@ -156,9 +156,11 @@ pub struct KeptOperators {
     pub reason: String,
 }
 
-/// The relative error of numbers in place of others: the root of `sum((a - b)^2) / sum(a^2)`; 0 where all are 0.
+/// The relative error of numbers in place of others: the root of `sum((a - b)^2) / sum(a^2)` over the finite numbers `a`; 0 where
+/// all are 0.
 pub(super) fn relative_error(exact: &[f32], found: &[f32]) -> f64 {
-    let squares = exact.iter().zip(found).map(|(&a, &b)| (f64::from(a).powi(2), (f64::from(a) - f64::from(b)).powi(2)));
+    let pairs = exact.iter().zip(found).filter(|(a, _)| a.is_finite());
+    let squares = pairs.map(|(&a, &b)| (f64::from(a).powi(2), (f64::from(a) - f64::from(b)).powi(2)));
     let (total, error) = squares.fold((0.0, 0.0), |sums, own| (sums.0 + own.0, sums.1 + own.1));
     if total == 0.0 { error.sqrt() } else { (error / total).sqrt() }
 }
