@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Cancel, Device, Result, human_bytes};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Subset};
+use crate::data::{Amount, DataOptions, Dataset, Subset};
 use crate::export::{
     BudgetRequest, PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, RangeCalibration,
     Sensitivity, precision_named,
@@ -67,6 +67,11 @@ impl PrecisionArgs {
     /// True when no precision is named.
     pub fn is_empty(&self) -> bool {
         self.precision.is_empty()
+    }
+
+    /// How data are read.
+    pub fn reading(&self) -> DataOptions {
+        self.reading.options()
     }
 
     /// The calibration data, if there are any.
