@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Cancel, Device, Error, Result, human_bytes};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Subset};
+use crate::data::{Amount, DataOptions, Dataset, Subset};
 use crate::export::{
     BudgetRequest, PRECISIONS, PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, RangeCalibration,
     Sensitivity, precision_named,
@@ -70,11 +70,15 @@ impl PrecisionArgs {
         self.precision.is_empty()
     }
 
+    /// How data are read.
+    pub fn reading(&self) -> DataOptions {
+        self.reading.options()
+    }
+
     /// The calibration data, if there are any.
     ///
-    /// Errors: as `Dataset::open_for`; `Error::Invalid` for a flag that none of the precisions reads.
+    /// Errors: as `Dataset::open_for`.
     pub fn dataset(&self, bundle: &Bundle) -> Result<Option<Dataset>> {
-        self.refuse_unread()?;
         self.data.as_ref().map(|path| Dataset::open_for(path, bundle, &self.reading.options())).transpose()
     }
 
@@ -83,7 +87,7 @@ impl PrecisionArgs {
     }
 
     /// Errors: `Error::Invalid` for a flag that none of the precisions reads.
-    fn refuse_unread(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let in_blocks = [
             ("--block-size", self.block_size.is_some()),
             ("--zero-points", self.zero_points),

@@ -14,6 +14,7 @@ mod precision;
 mod record;
 pub mod transformers_js;
 pub mod triton;
+mod vocabulary;
 
 use std::path::Path;
 
@@ -28,6 +29,7 @@ pub use precision::{
 };
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+pub use vocabulary::{CutFile, VOCABULARY_FILE, VocabularyReport, write_vocabulary};
 
 /// Name of the model card.
 const CARD: &str = "README.md";
