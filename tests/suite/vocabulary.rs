@@ -4,12 +4,14 @@ use std::fs;
 use std::path::Path;
 
 use interlace::base::Device;
-use interlace::ir::{DataType, Model};
+use interlace::ir::{AttributeKind, DataType, Model, Tensor};
 use interlace::onnx;
+use interlace::rewrite::cut_vocabulary;
 use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 use serde_json::Value as Json;
 
 use super::cli::{fixture, interlace, stderr, stdout};
+use super::precision::{Net, largest, numbers, run};
 
 /// Questions and answers of the domain: single words.
 const CORPUS: &str = concat!(
@@ -154,4 +156,36 @@ fn heads_and_corpora_that_cannot_be_cut_are_refused() {
     let output = interlace(here, &["export", "four", "--vocabulary", "corpus.jsonl", "-o", "out", "-q"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("MatMulNBits"), "{}", stderr(&output));
+}
+
+/// A decoder whose embeddings are its head: the table stays whole for prompts, and the head alone gets smaller.
+#[test]
+fn a_head_tied_to_the_embeddings_is_cut_alone_and_greedy_tokens_stay() {
+    let mut net = Net::new();
+    let ids = net.input("input_ids", DataType::Int64, &[-1]);
+    let table = net.weight("table", Tensor::from_f32(&[50, 32], &numbers(50 * 32, 0.1)));
+    let hidden = net.weight("hidden", Tensor::from_f32(&[32, 32], &numbers(32 * 32, 0.2)));
+    let rows = net.node("Gather", &[table, ids], &[]);
+    let product = net.node("MatMul", &[rows, hidden], &[]);
+    let turned = net.node("Transpose", &[table], &[("perm", AttributeKind::Ints(vec![1, 0]))]);
+    let logits = net.node("MatMul", &[product, turned], &[]);
+    net.output(logits, "logits", &[-1, 50]);
+    let kept: Vec<usize> = (0..50).filter(|token| token % 3 != 1).collect();
+    let cut = cut_vocabulary(&net.0, net.0.graph.output("logits").expect("logits"), &kept).expect("a smaller head");
+    let prompt: Vec<i64> = (0..50).collect();
+    let (dense, found) = (run(&net.0, &prompt), run(&cut, &prompt));
+    let greedy = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(token, _)| token);
+    let mut same = 0;
+    for (dense, found) in dense.chunks(50).zip(found.chunks(50)) {
+        let of = |row: &[f32]| -> Vec<f32> { kept.iter().map(|token| row[*token]).collect() };
+        assert!(largest(&of(dense), &of(found)) < 1e-6);
+        assert!((0..50).all(|token| kept.contains(&token) || found[token] == f32::NEG_INFINITY));
+        let best = greedy(dense).filter(|token| kept.contains(token));
+        same += usize::from(best.is_some());
+        assert!(best.is_none_or(|best| greedy(found) == Some(best)));
+    }
+    assert!((20..50).contains(&same), "{same} of 50 greedy tokens are kept");
+    let sizes: Vec<u64> = cut.graph.body.initializers.iter().map(|(_, tensor)| tensor.element_count()).collect();
+    // The table, the inner product, and the head of 33 tokens.
+    assert!(sizes.contains(&1600) && sizes.contains(&1024) && sizes.contains(&(33 * 32)), "{sizes:?}");
 }
