@@ -43,6 +43,11 @@ fn is_default(blocks: &PrecisionSettings) -> bool {
 }
 
 impl ExportSection {
+    /// True when nothing is asked for.
+    pub fn is_empty(&self) -> bool {
+        *self == ExportSection::default()
+    }
+
     /// Errors: `Error::Invalid` for unknown names, a target without its `base`, settings that no target reads, and more precisions
     /// than a target has room for.
     pub fn check(&self) -> Result<()> {

@@ -81,11 +81,13 @@ impl Stages<'_> {
         Ok(Some(Quantised { made, models }))
     }
 
-    /// A model for every target of the section, in its precisions where the target takes them.
+    /// A model for every target of the section, in its precisions where the target takes them. The folders have the targets' names,
+    /// with this label behind them.
     ///
     /// Errors: as `export`.
     pub fn export(
         &mut self,
+        label: &str,
         (model, digest): (&Path, &str),
         quantised: Option<&Quantised>,
         section: &ExportSection,
@@ -103,11 +105,11 @@ impl Stages<'_> {
                 settings.dense = Some(self.model.to_path_buf());
             }
             let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
-            let name = target.name;
-            let done = self.store.step(name, name, &inputs, &settings, |path| {
+            let name = format!("{}{label}", target.name);
+            let done = self.store.step(&name, &name, &inputs, &settings, |path| {
                 export(&Bundle::open(source)?, target, &settings, path).map(|_| ())
             })?;
-            self.report_step(name, &done);
+            self.report_step(&name, &done);
         }
         Ok(())
     }

@@ -130,7 +130,7 @@ pub fn run(
         (None, _) => true,
     };
     if let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) {
-        run.stages.export((variant.path(), &variant.digest), quantised.as_ref(), &recipe.export)?;
+        run.stages.export("", (variant.path(), &variant.digest), quantised.as_ref(), &recipe.export)?;
     }
     let folder = run.stages.store.folder().to_path_buf();
     write_json(&folder.join(format!("{TABLE_FILE}.json")), &table)?;

@@ -267,6 +267,28 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     for (name, step) in steps() {
         assert_eq!(step["digest"], before[&name]["digest"], "{name}");
     }
+
+    // Each healed model in another precision is a row below that of its floats, and the first seed's are written for a target.
+    let export = "[export]\nprecision = [\"int4\"]\nblocks = { least_error = false }\ntargets = [\"single-file\"]\n";
+    fs::write(here.join("sweep.toml"), format!("keep_models = true\n{}{export}", sweep_file("\"paper\"")))
+        .expect("sweep");
+    let smaller = interlace(here, &["sweep", "sweep.toml"]);
+    assert_eq!(smaller.status.code(), Some(0), "{}", stderr(&smaller));
+    let rows = read(&out.join("sweep.json"))["rows"].as_array().expect("rows").clone();
+    assert_eq!(rows.len(), 8);
+    for pair in rows.chunks(2) {
+        let size = |row: &serde_json::Value| row["size_bytes"].as_f64().expect("a size");
+        assert!(pair[0]["precision"].is_null() && pair[1]["precision"] == "int4", "{pair:?}");
+        assert!(pair[0]["dropped"] == pair[1]["dropped"] && size(&pair[1]) < 0.25 * size(&pair[0]), "{pair:?}");
+        assert_eq!(pair[1]["kept_of_dense"]["values"].as_array().map(Vec::len), Some(2));
+    }
+    assert_eq!(
+        (counts(), count("single-file-healed-"), count("precision-healed-")),
+        ((3, 6, 18), 3, 6),
+        "{:?}",
+        made()
+    );
+    assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| paper, int4 |"));
 }
 
 /// The benchmark is read after all models are made, so an unreadable one does not change any model.

@@ -44,6 +44,8 @@ struct Measured {
 /// The figures of one seed of a combination.
 struct CellFigures<'c> {
     cell: &'c Cell,
+    /// The precision of the healed model; `None` for its floats.
+    precision: Option<&'static str>,
     kept_dropped: f64,
     healed: Measured,
     speedup: f64,
@@ -106,15 +108,18 @@ pub fn sweep(
         run.dense_row(models)?;
     }
     let mut rows = Vec::new();
-    for (setting, cells) in settings.iter().zip(&made.cells) {
+    for (number, (setting, cells)) in settings.iter().zip(&made.cells).enumerate() {
         let figures = cells.iter().enumerate().map(|(place, cell)| {
-            let number = rows.len() * sweep.seeds.len() + place + 1;
-            let place = format!("cell {number} of {}, seed {}", settings.len() * sweep.seeds.len(), sweep.seeds[place]);
+            let number = number * sweep.seeds.len() + place + 1;
+            let text = format!("cell {number} of {}, seed {}", settings.len() * sweep.seeds.len(), sweep.seeds[place]);
             run.maker.check_cancel()?;
-            run.figures(setting, cell, &place)
+            let floats = run.figures(setting, cell, &text)?;
+            let others = run.in_precisions(&floats, place == 0)?;
+            Ok::<Vec<CellFigures>, Error>(std::iter::once(floats).chain(others).collect())
         });
-        let figures = figures.collect::<Result<Vec<CellFigures>>>()?;
-        rows.push(run.row(setting, &figures)?);
+        for figures in by_precision(figures.collect::<Result<Vec<Vec<CellFigures>>>>()?) {
+            rows.push(run.row(setting, &figures)?);
+        }
         run.write(&rows)?;
     }
     let table = run.write(&rows)?;
@@ -172,6 +177,7 @@ impl SweepRun<'_> {
         ));
         Ok(CellFigures {
             cell,
+            precision: None,
             kept_dropped,
             healed,
             speedup: timed.unwrap_or(ideal),
@@ -179,6 +185,44 @@ impl SweepRun<'_> {
             // Healing changes the values of the weights, but not their size.
             size_bytes: size_bytes(&source)?,
         })
+    }
+
+    /// A healed model's figures in each precision of the sweep. Where it is asked for, the model is written for the targets too.
+    ///
+    /// Errors: those of the steps.
+    fn in_precisions<'c>(&mut self, floats: &CellFigures<'c>, for_targets: bool) -> Result<Vec<CellFigures<'c>>> {
+        let sweep = self.sweep;
+        let (cell, healed) = (floats.cell, &floats.cell.healed);
+        let model = (healed.made.path.as_path(), healed.made.digest.as_str());
+        let stages = &mut self.maker.stages;
+        let quantised = stages.quantise(&healed.step, model, (&sweep.export, &sweep.calibration))?;
+        let mut figures = Vec::new();
+        for (made, (row, source)) in quantised.iter().flat_map(|own| own.models.iter().map(move |it| (&own.made, it))) {
+            let (label, digest) = (format!("{}-{}", healed.step, row.name), made.digest.as_str());
+            let scores = stages.answers(&label, source, digest, &self.questions, &sweep.eval.settings)?;
+            let other = stages.other(&label, (source, digest), &sweep.eval.other, &sweep.eval.settings)?;
+            let speedup = match sweep.bench.enabled {
+                true => {
+                    let report = stages.bench(&label, source, digest, &sweep.bench.settings)?;
+                    report.speedup.map(|speedup| speedup.decoder_ttft.median)
+                }
+                false => None,
+            };
+            figures.push(CellFigures {
+                cell,
+                precision: Some(row.name),
+                kept_dropped: floats.kept_dropped,
+                // The loss on what is held back chooses among floats.
+                healed: Measured { scores, held_back_loss: None, other },
+                speedup: speedup.unwrap_or(floats.speedup),
+                speedup_measured: speedup.is_some(),
+                size_bytes: size_bytes(source)?,
+            });
+        }
+        if for_targets {
+            stages.export(&format!("-{}", healed.step), model, quantised.as_ref(), &sweep.export)?;
+        }
+        Ok(figures)
     }
 
     /// A row of the dense model finetuned beside a recipe.
@@ -247,6 +291,7 @@ impl SweepRun<'_> {
             drop_ratio: setting.drop_ratio,
             strategy: setting.strategy.to_string(),
             recipe: setting.recipe.to_string(),
+            precision: first.precision.map(str::to_string),
             dropped_layers: first.cell.plan.drop.len(),
             dropped: cells.iter().map(|own| own.cell.plan.drop.clone()).collect(),
             kept_dropped: SeedSpread::over(cells.iter().map(|cell| cell.kept_dropped).collect()),
@@ -279,6 +324,20 @@ impl SweepRun<'_> {
         write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;
         Ok(table)
     }
+}
+
+/// The figures of all seeds, for the floats and then for each precision.
+fn by_precision(seeds: Vec<Vec<CellFigures<'_>>>) -> Vec<Vec<CellFigures<'_>>> {
+    let mut rows: Vec<Vec<CellFigures>> = Vec::new();
+    for seed in seeds {
+        for (place, figures) in seed.into_iter().enumerate() {
+            match rows.get_mut(place) {
+                Some(row) => row.push(figures),
+                None => rows.push(vec![figures]),
+            }
+        }
+    }
+    rows
 }
 
 /// The ideal speed-up of a pruned model that nodes were added to, those counted.
