@@ -53,6 +53,11 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
         if let RecordedStep::Quantise { precisions } = step {
             lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
         }
+        if let RecordedStep::Vocabulary { kept, of } = step {
+            lines.push(format!(
+                "- The head has {kept} of {of} tokens, those of one domain. The others are never written."
+            ));
+        }
         if let RecordedStep::Pictures { keys } = step {
             let keys: Vec<String> = keys.iter().map(|(key, value)| format!("`{key}` is {value}")).collect();
             lines.push(format!("- Pictures have fewer tokens: {} in the image processor's config.", keys.join(", ")));

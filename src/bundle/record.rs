@@ -57,6 +57,13 @@ pub enum RecordedStep {
         /// Names of the precisions, as `export --precision` takes them.
         precisions: Vec<String>,
     },
+    /// The head was cut to the tokens that a corpus uses.
+    Vocabulary {
+        /// Tokens that keep their logits.
+        kept: usize,
+        /// Tokens of the head before.
+        of: usize,
+    },
     /// Keys of the image processor's config were set.
     Pictures {
         /// The keys with their values now.

@@ -4,7 +4,7 @@ use schemars::{Schema, schema_for};
 
 use crate::bundle::{ExportManifest, Record};
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
-use crate::export::{Export, PrecisionReport};
+use crate::export::{Export, PrecisionReport, VocabularyReport};
 use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
@@ -40,5 +40,6 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("tune-costs", schema_for!(Costs)),
         ("tune-quality", schema_for!(Quality)),
         ("verify", schema_for!(VerifyReport)),
+        ("vocabulary", schema_for!(VocabularyReport)),
     ]
 }

@@ -14,6 +14,7 @@ mod precision;
 mod record;
 pub mod transformers_js;
 pub mod triton;
+mod vocabulary;
 
 use std::path::Path;
 
@@ -22,11 +23,13 @@ use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 use crate::hub::commit_of;
 
 pub use precision::{
-    KeptOperators, KeptTensor, PRECISIONS, PrecisionReport, PrecisionRequest, PrecisionRow, PrecisionSettings,
-    QuantisedComponent, QuantisedTensor, RangeCalibration, export_variants, precision_named, write_variants,
+    BudgetRequest, KeptOperators, KeptTensor, PRECISIONS, PartSensitivity, PrecisionBudget, PrecisionReport,
+    PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, QuantisedTensor, RangeCalibration,
+    Sensitivity, WeightForm, export_variants, precision_named, write_variants,
 };
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+pub use vocabulary::{CutFile, VOCABULARY_FILE, VocabularyReport, write_vocabulary};
 
 /// Name of the model card.
 const CARD: &str = "README.md";
@@ -81,7 +84,7 @@ pub struct ExportTarget {
     /// `library_name` in the model card: the library that loads it.
     library: &'static str,
     /// True when it has room for a component in several precisions.
-    writes_variants: bool,
+    pub writes_variants: bool,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -198,10 +201,10 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
 /// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
-    export_quantised(bundle, target, settings, folder, Vec::new())
+    export_model(bundle, target, settings, folder, (Vec::new(), None))
 }
 
-/// [`export`] of a model of which these components were quantised before.
+/// [`export`] of a model that was quantised before.
 ///
 /// Errors: as there.
 fn export_quantised(
@@ -209,7 +212,17 @@ fn export_quantised(
     target: &ExportTarget,
     settings: &ExportSettings,
     folder: &Path,
-    precision: Vec<QuantisedComponent>,
+    report: PrecisionReport,
+) -> Result<Export> {
+    export_model(bundle, target, settings, folder, (report.components, report.sensitivity))
+}
+
+fn export_model(
+    bundle: &Bundle,
+    target: &ExportTarget,
+    settings: &ExportSettings,
+    folder: &Path,
+    (precision, sensitivity): (Vec<QuantisedComponent>, Option<Sensitivity>),
 ) -> Result<Export> {
     if let Some((name, _)) = settings_of_targets().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
@@ -230,7 +243,8 @@ fn export_quantised(
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;
     files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
-    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision };
+    let export =
+        Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision, sensitivity };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;

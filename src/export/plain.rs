@@ -1,6 +1,6 @@
 //! The components under their own names, for engines that read ONNX files: OpenVINO, tract, and what takes one file alone.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use crate::base::{Error, Result, human_bytes, sha256_file};
@@ -17,7 +17,30 @@ use super::record::{ExportSettings, ExportedModel, Written};
 ///
 /// Errors: as [`write`].
 pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write(bundle, settings, root, Weights::AsBefore, |_| {})
+    let mut written = write(bundle, settings, root, Weights::AsBefore, |_| {})?;
+    for file in written.models.keys() {
+        let model = onnx::load(&root.join(file))?;
+        let mut operators = BTreeSet::new();
+        microsoft_operators(&model.graph.body, &mut operators);
+        if !operators.is_empty() {
+            let operators = operators.into_iter().collect::<Vec<_>>().join(", ");
+            written.notes.push(format!(
+                "{file} has operators of ONNX Runtime's own domain com.microsoft ({operators}), of which OpenVINO knows only \
+                 some: load it there before you ship it; `--standard-ops` rewrites those of float models, and int8 has none"
+            ));
+        }
+    }
+    Ok(written)
+}
+
+/// Operators of ONNX Runtime's own domain.
+fn microsoft_operators(body: &Body, found: &mut BTreeSet<String>) {
+    for node in &body.nodes {
+        if node.domain == "com.microsoft" {
+            found.insert(node.op_type.clone());
+        }
+        node.bodies().for_each(|inner| microsoft_operators(inner, found));
+    }
 }
 
 /// The folder with the weights of each component inside its `.onnx` file.

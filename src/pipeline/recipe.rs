@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Error, Result};
 use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
-use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::hub::HubName;
 use crate::method::select::DEFAULT_STRATEGY;
 use crate::method::{ModalityWeights, check_weights};
 
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
+use super::export_section::ExportSection;
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
 use super::strategies::{AUTO, AutoSection};
@@ -46,7 +46,7 @@ pub struct Recipe {
     /// Settings of the speed measurement.
     #[serde(default)]
     pub bench: BenchSection,
-    /// Further formats that the finetuned models are written in.
+    /// Other layouts and precisions of the first strategy's finetuned model.
     #[serde(default)]
     pub export: ExportSection,
 }
@@ -195,17 +195,6 @@ impl Default for BenchSection {
     }
 }
 
-/// Other layouts of the first strategy's finetuned model.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct ExportSection {
-    /// Names of targets, as `export --to` takes them.
-    pub targets: Vec<String>,
-    /// Checkpoint that the dense model was exported from, a folder or `hf:OWNER/NAME[@REVISION]`, for the target `safetensors`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub base: Option<PathBuf>,
-}
-
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
 pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
     let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
@@ -332,13 +321,7 @@ impl Recipe {
     }
 
     fn check(&self) -> Result<()> {
-        for name in &self.export.targets {
-            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
-            if target.reads("--base") && self.export.base.is_none() {
-                return Err(Error::invalid("export.base", format!("is missing, and the target `{name}` needs it"))
-                    .remedy("name the checkpoint that the dense model was exported from"));
-            }
-        }
+        self.export.check()?;
         self.device.parse::<Device>()?;
         self.calibration.check()?;
         let plan = &self.plan;

@@ -163,8 +163,8 @@ impl FrontChart {
         if let Some(sweep) = &run.sweep {
             measured = sweep.rows.iter().all(|row| row.speedup_measured);
             contenders.extend(sweep.rows.iter().map(|row| Contender {
-                name: format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe),
-                series: format!("{}, {}", row.strategy, row.recipe),
+                name: format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe_and_precision()),
+                series: format!("{}, {}", row.strategy, row.recipe_and_precision()),
                 at: (row.speedup, 100.0 * row.kept_of_dense.mean),
             }));
         }
@@ -283,8 +283,8 @@ pub fn latency(run: &RunFolder) -> Made {
 pub fn size(run: &RunFolder) -> Made {
     let of_run = run.rows().iter().map(|row| (row.model.clone(), row.size_bytes));
     let of_sweep = run.sweep.iter().flat_map(|sweep| &sweep.rows);
-    let of_sweep =
-        of_sweep.map(|row| (format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe), row.size_bytes));
+    let of_sweep = of_sweep
+        .map(|row| (format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe_and_precision()), row.size_bytes));
     let sizes: Vec<(String, u64)> = of_run.chain(of_sweep).collect();
     let mut rows = vec![["model", "bytes", "size"].map(String::from).to_vec()];
     rows.extend(sizes.iter().map(|(name, bytes)| vec![name.clone(), bytes.to_string(), human_bytes(*bytes)]));

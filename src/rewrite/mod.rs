@@ -23,6 +23,7 @@ mod split_buffers;
 mod standard;
 mod tap;
 mod tidy;
+mod vocabulary;
 mod widen;
 
 pub use additions::{has_additions, shift_additions};
@@ -47,6 +48,7 @@ pub use split_buffers::split_buffers;
 pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use tidy::{finish, remove_dead_code, replace_uses};
+pub use vocabulary::cut_vocabulary;
 pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ pub enum Vision {
 #[derive(Debug)]
 pub struct VlmSession {
     pub(super) vision: Option<Vision>,
-    embed: Option<TokenEmbedding>,
+    pub(super) embed: Option<TokenEmbedding>,
     /// Features of the most recently used batch of ready tensors.
     pub(super) given_features: Option<(Arc<TensorBatch>, Arc<Features>)>,
     pub(super) decoder: Decoder,
