@@ -31,6 +31,32 @@ fn replan(folder: &Path, model: &str, more: &[&str]) -> Output {
         .expect("the binary starts")
 }
 
+/// Choices of image tokens in a report, and the page about its folder.
+fn image_tokens_and_page(here: &Path, report: &serde_json::Value) {
+    // Parts of the 16 image tokens are choices beside picture budgets.
+    let kept: Vec<(Option<f64>, Option<u64>)> = report["costs"]["budgets"]
+        .as_array()
+        .expect("budgets")
+        .iter()
+        .map(|own| (own["keep_image_tokens"].as_f64(), own["image_tokens"].as_u64()))
+        .collect();
+    assert_eq!(kept, [(None, Some(16)), (Some(0.75), Some(12)), (Some(0.5), Some(8)), (Some(0.25), Some(4))]);
+    let quarters = report["quarters"].as_array().expect("quarters");
+    assert!(quarters.iter().any(|named| named["name"] == "25% of the image tokens"), "{quarters:?}");
+    // The page about the work folder is that about the model which it belongs to.
+    for named in ["out.work", "out"] {
+        let output = interlace(here, &["report", named, "-o", "page.html"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let page = fs::read_to_string(here.join("page.html")).expect("the page");
+        for part in
+            ["Kept likelihood and time to the first token", "measured, on held-back samples", "25% of the decoder"]
+        {
+            assert!(page.contains(part), "{part}");
+        }
+        assert!(page.matches("<polyline").count() >= 2 && page.contains("class=\"ring\""));
+    }
+}
+
 #[test]
 fn a_model_is_tuned_to_a_size_and_planned_again_without_a_session() {
     let folder = tempfile::tempdir().expect("folder");
@@ -67,6 +93,8 @@ fn a_model_is_tuned_to_a_size_and_planned_again_without_a_session() {
     }
     let svg = fs::read_to_string(here.join("out.work/tune.svg")).expect("the front");
     assert!(svg.starts_with("<svg") && svg.contains("<polyline") && svg.contains("<circle"), "{svg}");
+
+    image_tokens_and_page(here, &report);
 
     let output = replan(here, &model, &with(&["--size", "12MB", "--work", "out.work", "--replan", "--json"]));
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::analysis;
 use crate::base::{Provenance, Result, ScratchDir, sha256_json};
 use crate::bundle::{Bundle, BundleWriter, Deepstack, ModelSource, Record, Role, Tower};
-use crate::data::{DataOptions, DataPart, ImageSettings, Processor, Sample};
-use crate::eval::{Spread, StageOptions, StageTimes, stage_times};
+use crate::data::{DataOptions, DataPart, Processor, Sample};
+use crate::eval::{PictureSettings, Spread, StageOptions, StageTimes, stage_times};
 use crate::finetune;
 use crate::method::select::{Measures, Strategy};
 use crate::method::{AnswerMeter, EmbeddedAnswers, Plan as LayerPlan, Scores};
@@ -84,8 +84,15 @@ impl HeldBack {
                 }
                 self.tower = point[1];
             }
-            let processor = Processor::open_with(&self.bundle, &predictor.choice(2, point).images)?;
+            let pictures = predictor.choice(2, point);
+            let processor = Processor::open_with(&self.bundle, &pictures.images)?;
+            if pictures.keep_image_tokens.is_some() {
+                self.meter.keep_image_tokens(pictures.keep_image_tokens)?;
+            }
             let answers = self.meter.answers(encoded(&processor, &self.samples), stages.cancel)?;
+            if pictures.keep_image_tokens.is_some() {
+                self.meter.keep_image_tokens(None)?;
+            }
             self.answers.insert(key, answers);
         }
         match self.answers.get(&key) {
@@ -143,6 +150,25 @@ pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Res
         writer.set_pictures(changes.keys)?;
         let inputs = BTreeMap::from([("model".to_string(), digest.clone())]);
         writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &changes)?)
+    })?;
+    stages.report_step(&step, &done);
+    Ok(done)
+}
+
+/// The model with the part of the image tokens that its combination reads, unless that is written; the model itself where it reads
+/// all. It comes behind healing, which reads all.
+///
+/// Errors: as `steps::keep_image_tokens`.
+pub fn with_fewer_tokens(
+    stages: &mut Stages,
+    predictor: &Predictor,
+    point: TunePoint,
+    model: Finished,
+) -> Result<Finished> {
+    let Some(keep) = predictor.choice(2, point).keep_image_tokens else { return Ok(model) };
+    let step = format!("tokens-{}", short(&sha256_json(&(&model.digest, keep))?));
+    let done = stages.store.step(&step, &step, &[("model", &model.digest)], &keep, |target| {
+        steps::keep_image_tokens(&Bundle::open(&model.path)?, keep, target).map(drop)
     })?;
     stages.report_step(&step, &done);
     Ok(done)
@@ -214,7 +240,7 @@ pub fn measured(
     options: &StageOptions,
 ) -> Result<(Figures, Figures)> {
     let models = [ModelSource::from(model.path.as_path()), ModelSource::from(stages.model)];
-    let own = [ImageSettings::default()];
+    let own = [PictureSettings::default()];
     let times = stage_times(&models, &own, question, options, &stages.runtime()?, stages.cancel)?;
     let figures = |times: &[StageTimes], size_bytes: u64| {
         let median = |part: fn(&StageTimes) -> f64| Spread::of(&times.iter().map(part).collect::<Vec<_>>()).median;

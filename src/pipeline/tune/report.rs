@@ -62,7 +62,10 @@ pub struct TunePlan {
     pub tower: Vec<usize>,
     /// Picture budget; empty for the model's own.
     pub images: ImageSettings,
-    /// Image tokens of the measured question.
+    /// Part of each picture's tokens that the decoder reads; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_image_tokens: Option<f64>,
+    /// Image tokens of the measured question that the decoder reads.
     pub image_tokens: usize,
     /// Predicted figures.
     pub predicted: Figures,
@@ -115,6 +118,7 @@ impl TunePlan {
             decoder: predictor.choice(0, point).dropped.clone(),
             tower: predictor.choice(1, point).dropped.clone(),
             images: predictor.choice(2, point).images,
+            keep_image_tokens: predictor.choice(2, point).keep_image_tokens,
             image_tokens: predictor.image_tokens(point),
             predicted: predictor.figures(point),
             predicted_loss: predictor.loss(point),
@@ -135,6 +139,9 @@ impl TunePlan {
         }
         if !self.images.is_default() {
             parts.push(images_in_words(&self.images));
+        }
+        if let Some(keep) = self.keep_image_tokens {
+            parts.push(format!("{:.0}% of the image tokens", 100.0 * (1.0 - keep)));
         }
         if parts.is_empty() { "nothing".to_string() } else { parts.join(", ") }
     }

@@ -14,7 +14,7 @@ use crate::pipeline::run::write_text;
 use crate::pipeline::stages::Stages;
 use crate::pipeline::store::Finished;
 
-use super::candidates::{Healed, Healer, HeldBack, heal, made, measured};
+use super::candidates::{Healed, Healer, HeldBack, heal, made, measured, with_fewer_tokens};
 use super::costs::{self, Costs};
 use super::predict::Predictor;
 use super::quality::{self, AXES, Quality, QualitySettings, samples_of};
@@ -381,6 +381,7 @@ impl Search<'_, '_> {
             let scores = Finished { path: scores, digest, reused: true };
             model = heal(&mut self.stages, healer, healed, (predictor, point), &scores, &model)?;
         }
+        let model = with_fewer_tokens(&mut self.stages, predictor, point, model)?;
         let (own, whole) = measured(&self.stages, &model, question, &self.tune.options)?;
         let loss = held_back.loss_of(&self.stages, &model)?;
         let candidate = Candidate {
