@@ -14,7 +14,7 @@ use super::step::{Embedded, SideValues};
 use super::tensor::TensorValue;
 use super::vlm::{Vision, VlmSession};
 
-/// The graph of [`crate::rewrite::token_pruner`], ready to run.
+/// The graph of [`crate::rewrite::token_pruner()`], ready to run.
 #[derive(Debug)]
 pub struct TokenPruner {
     session: Session,
