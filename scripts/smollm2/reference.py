@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "language"))
 from model import network
 
 LENGTH = 512
@@ -74,7 +76,7 @@ def heal(model, layers, texts, rate, batch_size, bf16):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        print(f"{(loss / count).item():.4f}", flush=True, file=__import__("sys").stderr)
+        print(f"{(loss / count).item():.4f}", flush=True, file=sys.stderr)
     model.eval()
 
 

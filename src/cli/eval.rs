@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, Peers, check_output_file, is_first, write_json};
 use crate::bundle::{ModelSource, Variants};
-use crate::data::{Benchmark, DataPart, SEQUENCE_LENGTH};
+use crate::data::{Benchmark, DataPart, SEQUENCE_LENGTH, Turns};
 use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
@@ -45,6 +45,10 @@ pub struct Args {
     /// Limit each answer to this number of tokens [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
+    /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns
+    /// before it (separate), as `finetune` does [default: conversation]
+    #[arg(long, value_name = "HOW")]
+    turns: Option<Turns>,
     /// Fail at the first row of conversations that cannot be read, instead of leaving it out
     #[arg(long)]
     strict: bool,
@@ -111,6 +115,9 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
     }
     if args.held_back.is_some() {
         anyhow::bail!("--held-back takes a part of training data, and `{}` is a benchmark", args.data.display());
+    }
+    if args.turns.is_some() {
+        anyhow::bail!("--turns is for conversations, and `{}` is a benchmark; leave it out", args.data.display());
     }
     let judge = match (&args.judge, &args.judge_model) {
         (Some(url), Some(model)) => Some(Judge::new(url, model)?),
@@ -199,6 +206,7 @@ fn predict(args: &Args, context: &Context, peers: Option<Box<dyn Peers + Send>>)
         strict: args.strict,
         images: args.images.settings(),
         part: args.held_back.map_or(DataPart::All, DataPart::HeldBack),
+        turns: args.turns.unwrap_or_default(),
         ..TextSettings::default()
     };
     let engine = Engine::with_peers(peers, args.device)?;

@@ -175,7 +175,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
     let mut device = args.device;
-    let ranks = connect_peers(&mut device, context)?;
+    let mut ranks = connect_peers(&mut device, context)?;
+    if !args.dry_run {
+        ranks = ranks.map(|ranks| ranks.for_device(device)).transpose()?;
+    }
     let plan = args.plan.as_ref().map(|path| anyhow::Ok((Plan::read(path)?, sha256_file(path)?))).transpose()?;
     let trained = match (&plan, &args.layers) {
         (Some((plan, digest)), _) => Trained::Plan { plan, digest },

@@ -23,7 +23,7 @@ pub struct PrecisionArgs {
     /// Write the model in these precisions beside its floats, or for the target; see the list below
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = precision_named, long_help = precisions_help())]
     precision: Vec<&'static PrecisionRow>,
-    /// Give this number of 4-bit weights one scale: 16, 32, 64 or another power of two
+    /// Give this number of 4-bit weights one scale: a power of two from 16 to 256
     #[arg(long, value_name = "N", default_value_t = 32, requires = "precision")]
     block_size: usize,
     /// Give every block of 4-bit weights a zero point of its own [default: symmetric blocks]

@@ -12,6 +12,7 @@ use super::json::JsonFile;
 use super::listing::Listed;
 use super::options::{DataOptions, DataPart, Turns};
 use super::parquet::Shard;
+use super::part_key::part_keys;
 use super::row::SourceRow;
 use super::sample::Sample;
 use super::subset::{Subset, mix};
@@ -47,7 +48,7 @@ struct SamplePlace {
 
 impl Dataset {
     /// Opens a data set of conversations: a file, a folder of files, or a pattern such as `data/*/train-*.parquet`.
-    /// Pictures are not read.
+    /// Pictures are read only where a part of the rows is asked for, which their bytes decide.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, a set
     /// without samples, ready tensors, or running text (see [`Dataset::open_for`]); `Error::Unsupported` names the keys
@@ -123,10 +124,7 @@ impl Dataset {
         for (number, (_, reader)) in (0u32..).zip(&mut readers) {
             let separate =
                 options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
-            for Listed { row, turns, key } in reader.take_listed() {
-                if !options.part.has(mix(key ^ PART_SALT)) {
-                    continue;
-                }
+            for Listed { row, turns, key } in reader.take_part(options.part) {
                 if separate {
                     places.extend((0..turns).map(|turn| SamplePlace { reader: number, row, turn: Some(turn) }));
                     keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
@@ -252,6 +250,24 @@ impl RowReader {
             RowReader::Text(text) => text.take_listed(),
             RowReader::Tensors(file) => file.take_listed(),
         }
+    }
+
+    /// Moves the list of the rows in this part out of the reader.
+    fn take_part(&mut self, part: DataPart) -> Vec<Listed> {
+        let mut listed = self.take_listed();
+        if part.is_all() {
+            return listed;
+        }
+        let keys: Vec<u64> = match self {
+            RowReader::Parquet(_) | RowReader::Json(_) => {
+                let rows = listed.iter().map(|entry| entry.row as usize).collect();
+                part_keys(&listed, self.read(rows))
+            }
+            RowReader::Text(_) | RowReader::Tensors(_) => listed.iter().map(|entry| entry.key).collect(),
+        };
+        let mut keys = keys.into_iter();
+        listed.retain(|_| keys.next().is_some_and(|key| part.has(mix(key ^ PART_SALT))));
+        listed
     }
 
     fn read(&self, rows: Vec<usize>) -> SourceRows<'_> {

@@ -18,6 +18,7 @@ mod levers;
 mod listing;
 mod options;
 mod parquet;
+mod part_key;
 mod picture_budget;
 mod placeholders;
 mod processor;

@@ -36,9 +36,9 @@ impl FromStr for Turns {
     }
 }
 
-/// The part of a data set that is read. The content key of a row determines its part, so equal rows are in the same
-/// part in every file, independent of later draws and their seeds. The key of a conversation includes its id: rows with
-/// the same text and different ids may be in different parts.
+/// The part of a data set that is read. A hash determines the part of a row, independent of later draws and their seeds, and in
+/// every file the same: of its pictures where it has some (of several the least hash of one), else of its text. So no picture is
+/// trained on under one question and held back under another; ids do not matter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataPart {
@@ -57,7 +57,7 @@ impl DataPart {
         *self == DataPart::All
     }
 
-    /// True when a row is in this part. `hash` is a hash of the row's content key.
+    /// True when a row is in this part. `hash` is a hash of the row's pictures or text.
     pub(super) fn has(self, hash: u64) -> bool {
         // The upper 53 bits as a fraction from 0 to 1. An f64 represents 53 bits exactly.
         let place = (hash >> 11) as f64 / (1u64 << 53) as f64;

@@ -14,9 +14,10 @@ use super::tokenizer::Tokenizer;
 
 /// A `.jsonl` file of running text. Its token ids are in memory, four bytes each.
 ///
-/// Each line is tokenised separately, with a begin token if the model's tokenizer adds one. The tokens of all lines are
-/// joined without a separator and cut into sequences of `length` tokens. The last sequence may be shorter. If it has
-/// only one token it is left out, because one token predicts nothing.
+/// Each line is tokenised separately. The tokens of all lines are joined without a separator and cut into sequences of
+/// `length` tokens. Where the model's tokenizer puts a begin token before a text, every sequence has one in its first
+/// place, and no other: models that were trained with it predict badly without. The last sequence may be shorter. If it
+/// has only one token it is left out, because one token predicts nothing.
 #[derive(Debug)]
 pub(super) struct TextFile {
     path: PathBuf,
@@ -50,6 +51,7 @@ impl TextFile {
         let tokenizer = Tokenizer::open(bundle)?;
         let map = MappedFile::open(path)?;
         let progress = Progress::new("tokenise", "bytes", map.len() as u64);
+        let begin = tokenizer.begin()?;
         let mut ids = Vec::new();
         for (number, line) in lines(&map) {
             let subject = || format!("line {} of `{}`", number + 1, path.display());
@@ -59,8 +61,13 @@ impl TextFile {
                 }
                 TextProblem::Unread(keys) => unread(subject(), &keys),
             })?;
-            let tokens = tokenizer.encode(&text);
-            ids.extend(tokens.map_err(|error| Error::invalid(subject(), error.to_string()))?);
+            let tokens = tokenizer.encode(&text).map_err(|error| Error::invalid(subject(), error.to_string()))?;
+            for token in &tokens[usize::from(begin.is_some() && tokens.first() == begin.as_ref())..] {
+                if ids.len().is_multiple_of(length) {
+                    ids.extend(begin);
+                }
+                ids.push(*token);
+            }
             progress.advance(line.len() as u64 + 1);
         }
         let sequences = ids.chunks(length).filter(|sequence| sequence.len() > 1).enumerate();
@@ -147,6 +154,33 @@ mod tests {
         // One token alone predicts nothing.
         want.truncate(want.len() - usize::from(rest == 1));
         assert_eq!(found, want.into_iter().map(i64::from).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_sequence_has_the_begin_token_that_the_tokenizer_puts_before_a_text() {
+        let (folder, path) = written("{\"text\": \"the cat sat\"}\n{\"text\": \"on the mat\"}\n");
+        let plain = Tokenizer::open(&bundle()).unwrap();
+        let words = [plain.encode("the cat sat").unwrap(), plain.encode("on the mat").unwrap()].concat();
+        let begin = plain.id("<s>").unwrap();
+        // The same model, whose tokenizer puts a begin token before each text.
+        let (from, model) = (bundle().root().to_path_buf(), folder.path().join("model"));
+        fs::create_dir(&model).unwrap();
+        for name in ["config.json", "model.onnx", "special_tokens_map.json", "tokenizer_config.json"] {
+            fs::copy(from.join(name), model.join(name)).unwrap();
+        }
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&fs::read(from.join("tokenizer.json")).unwrap()).unwrap();
+        json["post_processor"] = serde_json::json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
+        });
+        fs::write(model.join("tokenizer.json"), json.to_string()).unwrap();
+        let mut file = TextFile::open(&path, &Bundle::open(&model).unwrap(), &cut(4)).unwrap();
+        let want: Vec<u32> = words.chunks(3).flat_map(|words| [&[begin], words].concat()).collect();
+        assert_eq!(file.ids, want);
+        assert_eq!(file.take_listed().len(), words.len().div_ceil(3));
     }
 
     #[test]

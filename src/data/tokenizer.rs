@@ -94,6 +94,15 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().copied().zip(bytes).collect())
     }
 
+    /// The begin token that the tokenizer puts before a text, or none.
+    ///
+    /// Errors: as `encode`.
+    pub fn begin(&self) -> Result<Option<u32>> {
+        let named = self.named("bos_token").and_then(|token| self.id(token));
+        let first = self.encode("a")?.first().copied();
+        Ok(named.filter(|&id| first == Some(id)))
+    }
+
     /// True for a text that starts with the begin token.
     fn begins(&self, text: &str) -> bool {
         self.named("bos_token").is_some_and(|token| text.starts_with(token))

@@ -217,11 +217,12 @@ fn tensors_differ(mine: &ir::Tensor, theirs: &ir::Tensor) -> f64 {
 }
 
 /// The largest absolute difference; NaN if an operand is NaN.
-fn largest_difference(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn largest_difference(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
     a.zip(b).fold(0.0, |largest, (a, b)| worse(largest, if a == b { 0.0 } else { (a - b).abs() }))
 }
 
-fn worse(a: f64, b: f64) -> f64 {
+/// The larger difference; NaN if one is NaN.
+pub(super) fn worse(a: f64, b: f64) -> f64 {
     if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
 }
 

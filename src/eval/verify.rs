@@ -12,12 +12,13 @@ use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
-    TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check,
+    TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
 };
 use crate::{onnx, torch};
 
 use super::agreement::{
-    IMAGE_TOKENS, PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
+    IMAGE_TOKENS, PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, largest_difference,
+    rounding_once, rounding_step, worse,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
@@ -27,7 +28,9 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js", "genai", "openvino", "tract"];
+const LOADED_TARGETS: &[&str] = &["transformers-js", "genai", "openvino", "tract", "single-file"];
+/// Largest difference of outputs in tract, whose kernels add in another order.
+const TRACT_TOLERANCE: f64 = 1e-3;
 /// Largest component for tract, in bytes: tract holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step differs from a longer prefill.
@@ -184,7 +187,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
     match part.role {
         Role::VisionEncoder => match pixel_feeds(bundle, session) {
             Ok((mut session, feeds)) => {
-                tract(bundle, part, &facts_of(&feeds)?, checks)?;
+                tract(bundle, part, &feeds, runtime, checks)?;
                 interpreter(part, &model, &mut session, &feeds, runtime, checks);
             }
             Err(error) => {
@@ -201,7 +204,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
                 }
             };
             let feeds = embedding.feeds(&embedding_prompt(bundle, &embedding))?;
-            tract(bundle, part, &facts_of(&feeds)?, checks)?;
+            tract(bundle, part, &feeds, runtime, checks)?;
             interpreter(part, &model, &mut embedding.into_session(), &feeds, runtime, checks);
         }
         // Weights without layers: loading is the only check that applies to them alone.
@@ -300,15 +303,16 @@ fn decoder_checks(
 
     let with_cache = !decoder.slots().is_empty();
     let step = probe.step(with_cache)?;
-    let mut facts = facts_of(&decoder.feeds(&step)?)?;
+    let mut feeds = decoder.feeds(&step)?;
     for (slot, tensor) in decoder.slots().iter().zip(decoder.empty_cache(1)?.tensors()) {
         let mut shape = tensor.shape();
         if let [_, _, length @ 0, _] = &mut shape[..] {
             *length = PROMPT_TOKENS - 1;
         }
-        facts.push(InputFact { name: slot.past.name.clone(), dtype: slot.past.dtype, shape });
+        let past = TensorValue::from_f32(slot.past.dtype, &shape, noise(shape.iter().product()))?;
+        feeds.push((slot.past.name.clone(), past));
     }
-    tract(bundle, part, &facts, checks)?;
+    tract(bundle, part, &feeds, runtime, checks)?;
 
     let exact = in_f32(model);
     let mut reference = None;
@@ -397,18 +401,47 @@ fn facts_of(feeds: &[(String, TensorValue)]) -> Result<Vec<InputFact>> {
         .collect()
 }
 
-fn tract(bundle: &Bundle, part: &Component, facts: &[InputFact], checks: &mut Checks) -> Result<()> {
-    let name = "plans in tract";
+/// Plans a graph in tract; in a folder that was exported for tract also runs it.
+fn tract(
+    bundle: &Bundle,
+    part: &Component,
+    feeds: &[(String, TensorValue)],
+    runtime: &Runtime,
+    checks: &mut Checks,
+) -> Result<()> {
+    let runs = ExportManifest::read(bundle.root())?.is_some_and(|manifest| manifest.target == "tract");
+    let name = if runs { "agrees in tract" } else { "plans in tract" };
     let size = bundle.size_bytes(part)?;
     if size > TRACT_LIMIT_BYTES {
-        let why = format!(
-            "{} is more than tract is given here, for it holds all weights in memory",
-            crate::base::human_bytes(size)
-        );
+        let why = format!("{} is more than tract is given here, for it holds all weights in memory", human_bytes(size));
         checks.add(name, &part.file, CheckStatus::Unavailable, why);
         return Ok(());
     }
-    match tract_check(&bundle.path_of(part), facts) {
+    let path = bundle.path_of(part);
+    let planned = match runs {
+        false => tract_check(&path, &facts_of(feeds)?),
+        true => match tract_run(&path, feeds) {
+            Ok(Ok(found)) => {
+                let given: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, value)| (&name[..], value)).collect();
+                let wanted = runtime.session(&path, &EXACT)?.run(&given, None)?;
+                let mut difference = if wanted.iter().count() == found.len() { 0.0 } else { f64::INFINITY };
+                for ((_, wanted), found) in wanted.iter().zip(&found) {
+                    let wanted = wanted.to_f32()?;
+                    let own = match wanted.len() == found.len() {
+                        true => largest_difference(wanted.iter().map(|&x| x.into()), found.iter().map(|&x| x.into())),
+                        false => f64::INFINITY,
+                    };
+                    difference = worse(difference, own);
+                }
+                let detail = "the outputs of one run in tract and in ONNX Runtime";
+                checks.compared(name, &part.file, difference, TRACT_TOLERANCE, detail);
+                return Ok(());
+            }
+            Ok(Err(outcome)) => Ok(outcome),
+            Err(error) => Err(error),
+        },
+    };
+    match planned {
         Ok(TractOutcome::Loads { nodes }) => checks.add(
             name,
             &part.file,

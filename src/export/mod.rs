@@ -9,6 +9,7 @@ mod hugging_face;
 mod manifest;
 mod nodes;
 mod plain;
+mod positions;
 mod precision;
 mod record;
 pub mod transformers_js;
@@ -159,9 +160,18 @@ pub const TARGETS: &[ExportTarget] = &[
         write: plain::openvino,
     },
     ExportTarget {
+        name: "single-file",
+        summary: "The components, each with its weights inside its .onnx file, for consumers that take one file or bytes",
+        consumer: "onnxruntime 1.30 and ONNX Runtime Web 1.31, from bytes",
+        library: "onnx",
+        writes_variants: false,
+        settings: GRAPHS,
+        write: plain::single_file,
+    },
+    ExportTarget {
         name: "tract",
-        summary: "The same for tract: standard operators, and no free sizes noted on inner values",
-        consumer: "the planner of tract 0.23",
+        summary: "The same as openvino for tract: standard operators, and no free sizes noted on inner values",
+        consumer: "tract 0.23",
         library: "tract",
         writes_variants: false,
         without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),

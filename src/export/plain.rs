@@ -1,22 +1,32 @@
-//! The components under their own names, for engines that read ONNX files: OpenVINO and tract.
+//! The components under their own names, for engines that read ONNX files: OpenVINO, tract, and what takes one file alone.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use crate::base::{Result, sha256_file};
+use crate::base::{Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{Body, Model, Node, ValueId};
 use crate::onnx::{self, Storage};
 
 use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
 use super::configs::{object, pretty, with_chunks};
+use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
 
 /// The folder for OpenVINO, which takes the graphs as they are.
 ///
 /// Errors: as [`write`].
 pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write(bundle, settings, root, |_| {})
+    write(bundle, settings, root, Weights::AsBefore, |_| {})
+}
+
+/// The folder with the weights of each component inside its `.onnx` file.
+///
+/// Errors: `Error::Unsupported` for a component that does not fit into one file; as [`write`].
+pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    write(bundle, settings, root, Weights::Inside, |model| {
+        positions::cast_first(model);
+    })
 }
 
 /// The folder for tract, which does not unify the free sizes that exporters note on inner values.
@@ -24,13 +34,31 @@ pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) 
 /// Errors: as [`write`].
 pub(super) fn tract(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
     let settings = ExportSettings { standard_ops: true, ..settings.clone() };
-    write(bundle, &settings, root, without_inner_types)
+    write(bundle, &settings, root, Weights::AsBefore, without_inner_types)
 }
+
+/// Place of a component's weights.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Weights {
+    /// In a data file where the source has data files.
+    AsBefore,
+    /// Inside the `.onnx` file.
+    Inside,
+}
+
+/// Most bytes of weights in one file: protobuf's limit, less room for the graph.
+const ONE_FILE_BYTES: u64 = (1 << 31) - (32 << 20);
 
 /// Writes the model's folder anew into `root`. Without a requested variant all variants are written.
 ///
 /// Errors: as `convert` and `onnx::save`.
-fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, change: fn(&mut Model)) -> Result<Written> {
+fn write(
+    bundle: &Bundle,
+    settings: &ExportSettings,
+    root: &Path,
+    weights: Weights,
+    change: fn(&mut Model),
+) -> Result<Written> {
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
         None => bundle.components().iter().collect(),
@@ -40,11 +68,17 @@ fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, change: fn(&mu
         let mut model = onnx::load(&bundle.path_of(component))?;
         convert(&component.file, &mut model, settings)?;
         change(&mut model);
+        let bytes = model.graph.body.weight_bytes();
+        if weights == Weights::Inside && bytes > ONE_FILE_BYTES {
+            let problem = format!("has {} of weights, and an ONNX file holds at most 2 GB", human_bytes(bytes));
+            return Err(Error::unsupported(format!("`{}`", component.file), problem)
+                .remedy("export it in a smaller precision (`--precision`), or for a target with data files"));
+        }
         let path = root.join(&component.file);
         let folder = path.parent().unwrap_or(root);
         create(folder)?;
         let name = component.file.rsplit('/').next().unwrap_or(&component.file);
-        let storage = match component.external.is_empty() {
+        let storage = match weights == Weights::Inside || component.external.is_empty() {
             true => Storage::Inline,
             false => Storage::External { file_name: format!("{name}_data"), chunk_bytes: None },
         };

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result, Sha256Digest, read_json, sha256_file, sha256_json, write_json};
+use crate::base::{Error, Result, Sha256Digest, read_json, resolved_path, sha256_file, sha256_json, write_json};
 
 /// Name of the file with the record of finished steps.
 pub const STATE_FILE: &str = "state.json";
@@ -69,12 +69,19 @@ struct Key<'a, S> {
 impl RunStore {
     /// Opens the folder of a run; it may be new or hold an earlier run.
     ///
-    /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run.
+    /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run, or its record
+    /// names an output outside of it.
     pub fn open(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         let path = folder.join(STATE_FILE);
         let state = if path.exists() {
-            read_json(&path, STATE_SCHEMA_VERSION)?
+            let state: RunState = read_json(&path, STATE_SCHEMA_VERSION)?;
+            let outside = |done: &&StepState| !is_inside(folder, &done.output);
+            if let Some(done) = state.steps.values().find(outside) {
+                let problem = format!("names the output `{}`, which is not in its folder", done.output.escape_debug());
+                return Err(Error::invalid(format!("`{}`", path.display()), problem).remedy("name a new folder"));
+            }
+            state
         } else {
             let mut entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
             if entries.next().is_some() {
@@ -192,6 +199,15 @@ fn key_of<S: Serialize>(step: &str, inputs: &[(&str, &str)], settings: &S) -> Re
     sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step, inputs, settings })
 }
 
+/// True for a relative path without `..` whose folder, with links followed, is `folder` or below it.
+fn is_inside(folder: &Path, output: &str) -> bool {
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    let parent = folder.join(Path::new(output).parent().unwrap_or(Path::new("")));
+    !output.is_empty()
+        && Path::new(output).components().all(plain)
+        && matches!((resolved_path(&parent), resolved_path(folder)), (Ok(found), Ok(own)) if found.starts_with(&own))
+}
+
 fn remove(path: &Path) -> Result<()> {
     let result = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match result {
@@ -306,6 +322,27 @@ mod tests {
         let error = store.step("s", "o", &[], &1, write("1")).unwrap_err().to_string();
         assert!(error.contains("exists, and no finished step made it"), "{error}");
         assert_eq!(fs::read_to_string(run.path().join("o")).unwrap(), "mine");
+    }
+
+    #[test]
+    fn a_record_that_names_a_place_outside_of_the_folder_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let victim = root.path().join("victim");
+        fs::create_dir(&victim).unwrap();
+        let run = root.path().join("run");
+        RunStore::open(&run).unwrap().step("s", "o", &[], &1, write("1")).unwrap();
+        std::os::unix::fs::symlink(root.path(), run.join("link")).unwrap();
+        let state = fs::read_to_string(run.join(STATE_FILE)).unwrap();
+        let absolute = victim.to_str().unwrap();
+        for output in ["../victim", "a/../../victim", absolute, "link/victim", ".", ""] {
+            let crafted = state.replace("\"o\"", &format!("\"{output}\""));
+            assert_ne!(crafted, state);
+            fs::write(run.join(STATE_FILE), crafted).unwrap();
+            let error = RunStore::open(&run).err().unwrap().to_string();
+            assert!(error.contains("not in its folder"), "{output}: {error}");
+        }
+        fs::write(run.join(STATE_FILE), state).unwrap();
+        assert!(RunStore::open(&run).is_ok() && victim.is_dir());
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub use opset::raise_opset;
 pub use split_buffers::split_buffers;
 pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
-pub use tidy::{finish, remove_dead_code};
+pub use tidy::{finish, remove_dead_code, replace_uses};
 pub use token_pruner::{
     PRUNER_EMBEDS, PRUNER_IMAGE_MASK, PRUNER_KEPT_TOKENS, PRUNER_PICTURE_TOKENS, PRUNER_PIVOT_MASK, token_pruner,
 };

@@ -56,7 +56,7 @@ pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
 pub use step::{Embedded, SideValues, Step};
 pub use tensor::{TensorElement, TensorValue};
 pub use token_pruner::{TokenPruner, check_token_pruning};
-pub use tract::{InputFact, TractOutcome, tract_check};
+pub use tract::{InputFact, TractOutcome, tract_check, tract_run};
 pub use vision::VisionEncoder;
 pub use vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 

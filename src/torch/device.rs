@@ -1,14 +1,14 @@
 //! CUDA, loaded on demand.
 
 use std::env;
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tch::{Cuda, Device};
 
+use super::library::Library;
 use crate::base::{Error, Result};
 
 const CPU_LIBRARY: &str = "libtorch_cpu.so";
@@ -60,21 +60,7 @@ fn load() -> Result<(), String> {
     let loaded = mapped(&maps, CPU_LIBRARY).ok_or_else(|| format!("{CPU_LIBRARY} is not loaded"))?;
     let search = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let path = cuda_library_of(&loaded, &search)?;
-    let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| e.to_string())?;
-    // LibTorch finds its CUDA back end through global symbols, hence RTLD_GLOBAL.
-    // SAFETY: the name is a terminated string; the library's initialisers are LibTorch's own.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if !handle.is_null() {
-        return Ok(());
-    }
-    // SAFETY: dlerror gives null or a terminated string that lives until the next call on this thread.
-    let message = unsafe { libc::dlerror() };
-    if message.is_null() {
-        return Err(format!("`{}` does not load, no reason is given", path.display()));
-    }
-    // SAFETY: checked not null above.
-    let message = unsafe { CStr::from_ptr(message) }.to_string_lossy();
-    Err(format!("`{}` does not load: {message}", path.display()))
+    Library::open(&path).map(|_| ())
 }
 
 /// The file from which a library is mapped, with links resolved.

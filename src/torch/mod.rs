@@ -26,6 +26,7 @@ mod compile;
 mod convert;
 mod device;
 mod kernel;
+mod library;
 mod op_error;
 mod operator;
 mod ops;

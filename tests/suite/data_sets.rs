@@ -250,3 +250,31 @@ fn rotated_questions_are_scored_as_one_or_by_cycle() {
         assert!(close(&report["model"]["score"], (1.0 + want) / 2.0), "{report}");
     }
 }
+
+/// `--turns separate` measures each turn without those before it: the losses are those of a file with a row for each turn.
+#[test]
+fn eval_reads_turns_as_finetune_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let turn = |user: &str, answer: &str| {
+        format!("{{\"from\": \"human\", \"value\": \"{user}\"}}, {{\"from\": \"gpt\", \"value\": \"{answer}\"}}")
+    };
+    let row = |turns: &[String]| format!("{{\"conversations\": [{}]}}", turns.join(", "));
+    let turns = [turn("Is there a dog?", "yes"), turn("How many?", "two"), turn("What is written?", "west")];
+    let (both, last) = turns.split_at(2);
+    fs::write(folder.path().join("talks.jsonl"), [row(both), row(last)].join("\n")).unwrap();
+    fs::write(folder.path().join("turns.jsonl"), turns.clone().map(|turn| row(&[turn])).join("\n")).unwrap();
+    let sequences = |data: &str, more: &[&str]| eval(folder.path(), data, more)["model"]["sequences"].clone();
+    let separate = sequences("talks.jsonl", &["--turns", "separate"]);
+    assert_eq!(separate.as_array().unwrap().len(), 3);
+    assert_eq!(separate, sequences("turns.jsonl", &[]));
+    let whole = sequences("talks.jsonl", &["--turns", "conversation"]);
+    assert_eq!(whole.as_array().unwrap().len(), 2);
+    assert_eq!(whole, sequences("talks.jsonl", &[]));
+
+    let bench = fixture("data/bench-small.tsv");
+    let model = fixture("model");
+    let refused = ["eval", &model, "--data", &bench, "--turns", "separate", "-o", "report.json", "--quiet"];
+    let output = interlace(folder.path(), &refused);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("--turns is for conversations") && !folder.path().join("report.json").exists());
+}

@@ -259,7 +259,7 @@ fn distance(found: &[f32], tokens: usize, vocabulary: &[i64], want: &Value) -> f
 }
 
 /// Compares all results of one network on every prompt. `key` names the network in the expected values.
-fn check_prompts(family: &Family, folder: &Path, key: &str) {
+pub fn check_prompts(family: &Family, folder: &Path, key: &str) {
     let back_end = text(&family.expected["backend"]);
     let mut pipeline = Pipeline::open(folder, back_end, &family.features);
     let by_default = Processor::open(&Bundle::open(folder).expect("a model folder")).expect("a processor");

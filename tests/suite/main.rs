@@ -6,6 +6,7 @@ mod bad_inputs;
 mod checkpoints;
 mod cli;
 mod compensation;
+mod consumers;
 mod corners;
 mod data_sets;
 mod deepstack;

@@ -314,8 +314,8 @@ fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<
     })
 }
 
-/// A strategy that measures losses, a searched rate and rows held back for the choice among rows: the test files are opened
-/// for the first time when all of it is settled.
+/// A strategy that measures losses, `auto`, a searched rate and rows held back for the choice among rows: the test files are
+/// opened for the first time when all of it is settled.
 #[test]
 fn test_files_are_opened_when_every_model_is_made() {
     let bench = fixture("data/bench-small.tsv");
@@ -328,8 +328,13 @@ fn test_files_are_opened_when_every_model_is_made() {
         .replace("= 1e-3", "= [1e-4, 1e-3]");
     let words = "[[eval.other]]\n        data = \"words.jsonl\"\n";
     let of_run = ["healed-interlace", "healed-sleb", "dense-finetuned", "held-back-sleb-finetuned"];
+    let chosen = r#"strategies = ["auto"], auto = { candidates = ["interlace", "sleb"], step_tokens = 256 }"#;
+    let auto = run.replace(r#"strategies = ["interlace", "sleb"]"#, chosen);
+    assert!(auto.contains(chosen), "{auto}");
+    let of_auto = ["held-back-auto-interlace", "held-back-auto-sleb", "healed-auto", "dense-finetuned"];
     // Two strategies, two recipes; the dense model finetuned beside either recipe, all its layers and two of them.
-    let cases = [("run", run, Vec::from(of_run)), ("sweep", format!("{sweep}{words}"), Vec::new())];
+    let sweep = format!("{sweep}{words}");
+    let cases = [("run", run, Vec::from(of_run)), ("run", auto, Vec::from(of_auto)), ("sweep", sweep, Vec::new())];
     for (verb, text, wanted) in cases {
         assert!(text.contains("held_back") && text.contains("sleb") && text.contains("[1e-4, 1e-3]"), "{text}");
         for (piped, whole) in [("bench.tsv", "words.jsonl"), ("words.jsonl", "bench.tsv")] {

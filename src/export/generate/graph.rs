@@ -23,6 +23,7 @@ use crate::runtime::{Input, InputKind, Port};
 use super::super::nodes::{
     any, cast, graph_input, inputs_of, ints, only_output, refused, scalar, symbol, tensor, with_rows_at,
 };
+use super::positions::{self, Grids, Pictures};
 use super::pruned::kept_tokens;
 use super::sampling::Sampling;
 
@@ -53,6 +54,8 @@ pub struct TokenIds<'a> {
     pub end: &'a [i64],
     /// Width of a head, where the graph does not fix it.
     pub head_dim: Option<usize>,
+    /// Side of the square of patches that makes one token, for positions in three rows.
+    pub merge: Option<i64>,
 }
 
 /// One graph from pictures and prompt to the ids of the answer: the likeliest tokens, or drawn ones where the request has a
@@ -74,7 +77,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let sampling = Sampling::inputs(&mut joined);
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
     let mut main = JoinScope::new(&mut joined);
-    let (mut rows, mut kept) = (None, None);
+    let (mut rows, mut grids, mut kept) = (None, None, None);
     if let Some(embedding) = &embedding {
         let own = embedding.rows(&mut main, "prompt", input_ids)?;
         rows = Some(match &vision {
@@ -86,7 +89,11 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
                     dtype: embedding.output.dtype,
                     width: embedding.output.width(),
                 };
-                let values = with_features(&mut main, part, model, ids.image, &rows)?;
+                let pictures = Pictures::inputs(&mut main, model)?;
+                let three = decoder.reads(InputKind::PositionIds).filter(|port| port.rank() == 3);
+                let of = (ids.image, ids.merge);
+                grids = three.map(|port| pictures.grids(&mut main, port, of)).transpose()?;
+                let values = with_features(&mut main, (part, model), &pictures, ids.image, &rows)?;
                 if let (Some((part, model)), Some(image)) = (&pruner, ids.image) {
                     kept = Some(kept_tokens(&mut main, (part, model), image, &Rows { values, ..rows })?);
                 }
@@ -104,7 +111,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
         return Err(Error::unsupported("`generation_config.json`", "names no end token, so no answer would end")
             .remedy("add `eos_token_id`"));
     }
-    let start = Carried::start(&mut main, &decoder, input_ids, rows, ids.head_dim)?;
+    let start = Carried::start(&mut main, &decoder, input_ids, (rows, grids), ids.head_dim)?;
     let start = match kept {
         Some(kept) => start.of_kept(&mut main, kept),
         None => start,
@@ -154,6 +161,11 @@ impl DecoderPorts {
                 | InputKind::UseCacheBranch
                 | InputKind::LogitsToKeep => inputs.push((id, input)),
                 InputKind::PositionIds if input.port.rank() == 2 => inputs.push((id, input)),
+                InputKind::PositionIds
+                    if input.port.rank() == 3 && input.port.fixed_size(0).is_none_or(|rows| rows == 3) =>
+                {
+                    inputs.push((id, input));
+                }
                 InputKind::Past => {
                     let present = pairs.get(graph.name(id)).and_then(|present| place(present));
                     let present = present.ok_or_else(|| refused(&input.port, "has no output that continues it"))?;
@@ -161,6 +173,12 @@ impl DecoderPorts {
                 }
                 _ => return Err(refused(&input.port, "is not computed inside a loop")),
             }
+        }
+        let of = |kind: InputKind| inputs.iter().map(|(_, input)| input).find(|input| input.kind() == kind);
+        if let (Some(rows), Some(columns)) = (of(InputKind::PositionIds), of(InputKind::CachePosition))
+            && rows.port.rank() == 3
+        {
+            return Err(refused(&columns.port, "is not computed beside positions in three rows"));
         }
         if caches.is_empty() {
             return Err(Error::unsupported("the decoder", "has no cache inputs, so a loop cannot continue a prompt")
@@ -171,6 +189,11 @@ impl DecoderPorts {
         })?;
         let logits_type = Port::of_value(graph, graph.body.outputs[logits]).map_or(DataType::Float, |port| port.dtype);
         Ok(DecoderPorts { inputs, caches, logits, logits_type })
+    }
+
+    /// Axes of the positions: 3 for three rows.
+    pub(in crate::export) fn position_rank(&self) -> usize {
+        self.reads(InputKind::PositionIds).map_or(2, Port::rank)
     }
 
     pub(in crate::export) fn reads(&self, kind: InputKind) -> Option<&Port> {
@@ -226,28 +249,21 @@ pub(in crate::export) struct Rows {
 /// not run.
 fn with_features(
     scope: &mut JoinScope<'_>,
-    part: &JoinedPart<'_>,
-    model: &Model,
+    (part, model): (&JoinedPart<'_>, &Model),
+    pictures: &Pictures,
     image: Option<i64>,
     rows: &Rows,
 ) -> Result<ValueId> {
     let image = image.ok_or_else(|| {
         Error::invalid("`config.json`", "names no image token").remedy("add `image_token_id` to `config.json`")
     })?;
-    let mut bound = HashMap::new();
-    for (id, input) in inputs_of("vision_encoder", model)? {
-        let InputKind::Image(_) = input.kind() else {
-            return Err(refused(&input.port, "is no array of pictures"));
-        };
-        let name = input.port.name.as_str();
-        bound.insert(id, graph_input(scope.joined, name, input.port.dtype, &input.port.shape));
-    }
     let output = only_output("the vision encoder", model)?;
     let width = output.width().or(rows.width).ok_or_else(|| {
         Error::unsupported("the vision encoder", "does not declare the width of its features")
             .remedy("export it with a fixed width")
     })?;
-    let features = |with: &mut JoinScope<'_>| Ok((with.inline(part, "vision_encoder", &bound)?[0], output.dtype));
+    let features =
+        |with: &mut JoinScope<'_>| Ok((with.inline(part, "vision_encoder", &pictures.bound)?[0], output.dtype));
     at_image_tokens(scope, rows, (image, width), features)
 }
 
@@ -284,28 +300,30 @@ pub(in crate::export) struct Carried {
     rows: Option<ValueId>,
     /// `[1, past + T]` of int64.
     mask: ValueId,
-    /// `[1, T]` of int64.
+    /// `[1, T]` or `[3, 1, T]` of int64.
     positions: ValueId,
     pub(in crate::export) caches: Vec<ValueId>,
 }
 
 impl Carried {
-    /// The whole prompt with an empty cache.
+    /// The whole prompt with an empty cache. `grids` are those of the pictures, for positions in three rows.
     pub(in crate::export) fn start(
         scope: &mut JoinScope<'_>,
         decoder: &DecoderPorts,
         input_ids: ValueId,
-        rows: Option<ValueId>,
+        (rows, grids): (Option<ValueId>, Option<Grids>),
         head_dim: Option<usize>,
     ) -> Result<Self> {
         let shape = scope.op("prompt_shape", "Shape", &[input_ids], &[]);
         let one = Tensor::from_i64(&[1], &[1]);
         let mask = scope.op("mask", "ConstantOfShape", &[shape], &[("value", AttributeKind::Tensor(one))]);
-        let (zero, step, row) = (scalar(scope, "zero", 0), scalar(scope, "one", 1), ints(scope, "row", &[1, -1]));
-        let axis = scalar(scope, "time_axis", 1);
-        let length = scope.op("prompt_length", "Gather", &[shape, axis], &[]);
-        let range = scope.op("range", "Range", &[zero, length, step], &[]);
-        let positions = scope.op("positions", "Reshape", &[range, row], &[]);
+        let positions = match (decoder.reads(InputKind::PositionIds), &grids) {
+            (Some(port), None) if port.rank() == 3 => {
+                return Err(refused(port, "has three rows, which are not computed without pictures' grids"));
+            }
+            (Some(port), Some(grids)) if port.rank() == 3 => positions::three_rows(scope, input_ids, grids),
+            _ => positions::counted(scope, shape),
+        };
         let mut caches = Vec::new();
         for (_, port, _) in &decoder.caches {
             let shape = empty_shape(port, head_dim)?;
@@ -354,7 +372,7 @@ impl Carried {
             ids: self.ids.map(|_| input("step_ids", DataType::Int64, 2)),
             rows: self.rows.map(|_| input("step_embeds", rows, 3)),
             mask: input("step_mask", DataType::Int64, 2),
-            positions: input("step_positions", DataType::Int64, 2),
+            positions: input("step_positions", DataType::Int64, decoder.position_rank()),
             caches: decoder.caches.iter().map(|(_, port, _)| input("step_past", port.dtype, port.rank())).collect(),
         }
     }
@@ -412,13 +430,11 @@ fn answer_loop(
     };
     let ones = body.joined.constant("ones", Tensor::from_i64(&[1, 1], &[1]));
     let along_time = [("axis", AttributeKind::Int(1))];
-    let (last, one) = (ints(&mut body, "last", &[-1]), ints(&mut body, "one", &[1]));
-    let position = body.op("position", "Gather", &[here.positions, last], &along_time);
     let next = Carried {
         ids: here.ids.map(|_| token),
         rows,
         mask: body.op("next_mask", "Concat", &[here.mask, ones], &along_time),
-        positions: body.op("next_position", "Add", &[position, one], &[]),
+        positions: positions::next(&mut body, here.positions, decoder.position_rank()),
         caches: decoder.caches.iter().map(|(_, _, present)| outputs[*present]).collect(),
     };
     let nodes = body.nodes;

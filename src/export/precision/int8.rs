@@ -12,7 +12,7 @@ use crate::quantised::{Range8, Rounded, WeightLayout};
 
 use super::report::{QuantisedTensor, relative_error};
 use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
-use super::{Done, Ranges, Work, bias_node};
+use super::{Done, Ranges, Work, bias_node, part_name};
 
 /// First version of the operators with `DequantizeLinear` by channels.
 const LEAST_OPSET: i64 = 13;
@@ -94,7 +94,7 @@ impl Quantiser<'_> {
     fn integers(&mut self, graph: &mut Graph, node: &Node, product: &WeightProduct, body: usize) -> Result<Vec<Node>> {
         let [numbers, scales, zeros] = self.weight(graph, product)?;
         let mut nodes = Vec::new();
-        let named = |what: &str| format!("{}.{what}", node.name);
+        let named = |what: &str| part_name(&node.name, what);
         let rounded = match self.rounded.get(&(product.operand, body)) {
             Some(rounded) => rounded.clone(),
             None => {
@@ -166,7 +166,7 @@ impl Quantiser<'_> {
         };
         let weight = fresh(graph, &format!("{}_floats", graph.name(numbers)));
         let mut expanding =
-            operator("DequantizeLinear", format!("{}.weight", node.name), &[numbers, scales, zeros], &[weight]);
+            operator("DequantizeLinear", part_name(&node.name, "weight"), &[numbers, scales, zeros], &[weight]);
         expanding.attributes = vec![("axis".into(), AttributeKind::Int(1).into())];
         nodes.push(expanding);
         let factors = [operand.first().copied().unwrap_or(product.operand), weight];
@@ -199,7 +199,7 @@ impl Quantiser<'_> {
         let rows = fresh(graph, &format!("{}_quantized", graph.name(id)));
         let mut inputs = node.inputs.clone();
         inputs[0] = Some(numbers);
-        let name = format!("{}.floats", node.name);
+        let name = part_name(&node.name, "floats");
         let gather = Node { inputs, outputs: vec![Some(rows)], ..node };
         let mut expanding = operator("DequantizeLinear", name, &[rows, scale, zero], &[]);
         expanding.outputs = vec![output];

@@ -98,7 +98,7 @@ pub fn precision_named(name: &str) -> Result<&'static PrecisionRow, String> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrecisionSettings {
-    /// Numbers that share a scale: a power of two of at least 16.
+    /// Numbers that share a scale: a power of two from 16 to 256.
     pub block_size: usize,
     /// Gives every block a zero point of its own.
     pub zero_points: bool,
@@ -150,10 +150,15 @@ impl Done {
     }
 }
 
+/// Name of a node that takes over a part of another node. Nodes without a name stay so: two parts must not share one.
+fn part_name(node: &str, what: &str) -> String {
+    if node.is_empty() { String::new() } else { format!("{node}.{what}") }
+}
+
 /// The addition of a bias to a product that was part of a `Gemm`.
 fn bias_node(gemm: &Node, product: ValueId, bias: ValueId, result: ValueId) -> Node {
     Node {
-        name: format!("{}.bias", gemm.name),
+        name: part_name(&gemm.name, "bias"),
         op_type: "Add".into(),
         inputs: vec![Some(product), Some(bias)],
         outputs: vec![Some(result)],
@@ -276,8 +281,8 @@ fn check(
     calibration: Option<&RangeCalibration<'_>>,
 ) -> Result<()> {
     let block = settings.block_size;
-    if !block.is_power_of_two() || block < 16 {
-        return Err(Error::invalid("`--block-size`", format!("is {block}, expected a power of two of at least 16"))
+    if !block.is_power_of_two() || !(16..=256).contains(&block) {
+        return Err(Error::invalid("`--block-size`", format!("is {block}, expected a power of two from 16 to 256"))
             .remedy("give 32 or 128, for which runtimes have the fastest kernels"));
     }
     if let Some(row) = precisions.iter().find(|row| row.calibrated).filter(|_| calibration.is_none()) {

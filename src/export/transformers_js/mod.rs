@@ -12,6 +12,7 @@
 //! Source of the names: transformers.js 4.3, `models/session_config.js`, `utils/dtypes.js` and `utils/model-loader.js`.
 
 mod configs;
+mod deepstack;
 mod rules;
 
 use std::collections::BTreeMap;
@@ -22,7 +23,9 @@ use crate::bundle::{Bundle, Component, Role};
 use crate::onnx::{self, Storage};
 
 use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
+use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
+use deepstack::Packing;
 
 /// Largest data file in bytes: browsers hold at most 2 GiB in one buffer.
 const CHUNK_BYTES: u64 = 2_000_000_000;
@@ -40,6 +43,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         Some(variant) => chosen(bundle, Some(variant))?,
         None => bundle.components().iter().collect(),
     };
+    let packing = packing_of(bundle, &components)?;
     let folder = root.join("onnx");
     create(&folder)?;
     let mut models = BTreeMap::new();
@@ -57,7 +61,13 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
                 .remedy("export a folder with one of them"));
         }
         let mut model = onnx::load(&bundle.path_of(component))?;
-        rules::check_ports(component, &model, bundle.config(), &mut notes)?;
+        if let Some(packing) = &packing {
+            packing.apply(component, &mut model)?;
+            crate::ir::check(&model)?;
+            notes.push("DeepStack features are packed into `inputs_embeds`".to_string());
+        }
+        rules::check_ports(component, &model, bundle.config(), packing.is_some(), &mut notes)?;
+        positions::cast_first(&mut model);
         convert(&file, &mut model, settings)?;
         let inline = component.external.is_empty() && bundle.size_bytes(component)? <= INLINE_BYTES;
         let storage = match inline {
@@ -87,4 +97,16 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     notes.sort();
     notes.dedup();
     Ok(Written { settings: settings.clone(), models, files, notes, inputs: BTreeMap::new(), weights: None })
+}
+
+/// How DeepStack features get to the decoder; `None` for a model without them.
+///
+/// Errors: as [`Packing::of`] and `onnx::load`.
+fn packing_of(bundle: &Bundle, components: &[&Component]) -> Result<Option<Packing>> {
+    let of = |role: Role| components.iter().find(|component| component.role == role);
+    let load = |component: &&Component| onnx::load(&bundle.path_of(component));
+    match (of(Role::Decoder), of(Role::EmbedTokens), of(Role::VisionEncoder)) {
+        (Some(decoder), Some(embedding), Some(_)) => Packing::of(&load(decoder)?, &load(embedding)?),
+        _ => Ok(None),
+    }
 }

@@ -172,6 +172,7 @@ pub(super) fn check_ports(
     component: &Component,
     model: &Model,
     config: Option<&ModelConfig>,
+    packed: bool,
     notes: &mut Vec<String>,
 ) -> Result<()> {
     let graph = &model.graph;
@@ -203,12 +204,11 @@ pub(super) fn check_ports(
             return Err(Error::unsupported(subject(), problem).remedy(remedy));
         }
     }
-    // The processor there makes one view of a picture and no sizes.
-    let onevision = config.is_some_and(|config| config.model_type == "llava_onevision");
-    if component.role == Role::VisionEncoder && onevision && inputs.iter().any(|name| name == IMAGE_SIZES) {
+    // The processors there make one view of a picture and no sizes.
+    if component.role == Role::VisionEncoder && inputs.iter().any(|name| name == IMAGE_SIZES) {
         let problem = format!("reads `{IMAGE_SIZES}`, which transformers.js never feeds");
         return Err(Error::unsupported(subject(), problem)
-            .remedy("export the vision encoder for one view of a picture, or serve it elsewhere"));
+            .remedy("export the vision encoder for one view of a picture of one size, or serve it elsewhere"));
     }
     if matches!(component.role, Role::EmbedTokens) && inputs != ["input_ids"] {
         let list: Vec<&str> = inputs.iter().map(String::as_str).collect();
@@ -233,7 +233,7 @@ pub(super) fn check_ports(
         return Err(Error::unsupported(subject(), problem)
             .remedy("keep inputs and outputs in float32 when you convert (`keep_io_types=True`)"));
     }
-    if let (Role::Decoder, Some(config)) = (component.role, config) {
+    if let (Role::Decoder, Some(config), false) = (component.role, config, packed) {
         let stacked = config.raw.get("vision_config").and_then(|vision| vision.get("deepstack_visual_indexes"));
         if stacked.is_some_and(|indexes| indexes.as_array().is_some_and(|list| !list.is_empty())) {
             notes.push("the config has DeepStack, the graph that transformers.js runs has not".to_string());

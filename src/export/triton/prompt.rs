@@ -55,7 +55,7 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     let input_ids = super::super::nodes::cast(&mut scope, input_ids, input.port.dtype, crate::ir::DataType::Int64);
     let rows = Rows { ids: input_ids, values, dtype: embeds.dtype, width: embeds.width() };
     let merged = at_image_tokens(&mut scope, &rows, (image, width), |_| Ok((pictures, features.dtype)))?;
-    let start = Carried::start(&mut scope, &decoder, input_ids, Some(merged), ids.head_dim)?;
+    let start = Carried::start(&mut scope, &decoder, input_ids, (Some(merged), None), ids.head_dim)?;
     let first = scalar(&mut scope, "first", 0);
     let given = fed(&mut scope, &decoder, &start, first, Some(embeds.dtype));
     let ports = decoder.inputs.iter().map(|(id, input)| (*id, &input.port));

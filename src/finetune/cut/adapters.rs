@@ -5,7 +5,7 @@
 //! 4.1). `W` has no gradient. When another operator reads the weight, as with a stack of experts, its readers read
 //! `W + alpha / r * A B` instead. In both cases that sum is the weight of the finetuned model.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,9 @@ use rand_chacha::ChaCha8Rng;
 use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
+use crate::rewrite::replace_uses;
 
+use super::suffix::reads;
 use super::weights::dims_of;
 
 /// Stream number of the seeded generator for adapters. The sampler's streams count from 0.
@@ -197,8 +199,8 @@ fn adapter_nodes(
     ]
 }
 
-/// Nodes that add the adapter to a weight, and the index of the first node that reads the weight. All nodes with the
-/// weight as an input then read the sum; captures in their bodies are not changed.
+/// Nodes that add the adapter to a weight, and the index of the first node that reads the weight. All nodes that read the
+/// weight, in their bodies too, then read the sum.
 fn summed(
     graph: &mut Graph,
     weight: ValueId,
@@ -210,13 +212,8 @@ fn summed(
         graph.add_value(Value { name, ..Value::default() })
     };
     let [product, scaled, sum] = ["lora_product", "lora_scaled", "lora_sum"].map(&mut value);
-    let reads = |node: &Node| node.present_inputs().any(|input| input == weight);
-    let first = graph.body.nodes.iter().position(reads).unwrap_or(0);
-    for node in &mut graph.body.nodes {
-        for input in node.inputs.iter_mut().filter(|input| **input == Some(weight)) {
-            *input = Some(sum);
-        }
-    }
+    let first = graph.body.nodes.iter().position(|node| reads(node).any(|id| id == weight)).unwrap_or(0);
+    replace_uses(&mut graph.body, &HashMap::from([(weight, sum)]));
     let name = |end: &str| format!("{name}.{end}");
     let nodes = vec![
         node("MatMul", name("lora_product"), &[a, b], product),
@@ -302,6 +299,41 @@ mod tests {
         let (found, want) = (run(&model, &inputs), run(&merged, &inputs));
         assert!(found.iter().zip(&want).all(|(a, b)| a.allclose(b, 1e-5, 1e-5, false)), "{found:?}, {want:?}");
         assert!(!found[0].allclose(&plain[0], 1e-2, 1e-2, false));
+    }
+
+    /// A weight that the branches of an `If` read gets its adapter too, and counts as read there.
+    #[test]
+    fn adapters_are_added_where_a_body_reads_the_weight() {
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+        let [x, flag, on, off, y, w] = ["x", "flag", "on", "off", "y", "w"].map(&mut value);
+        let numbers = fill(&[7, 5], 0.37);
+        graph.body.initializers.push((w, tensor_to_ir("w", &numbers, crate::ir::DataType::Float).unwrap()));
+        graph.body.initializers.push((flag, Tensor::from_bytes(crate::ir::DataType::Bool, &[], vec![1])));
+        let branch = |output: ValueId| {
+            let nodes = vec![node("MatMul", "product".into(), &[x, w], output)];
+            AttributeKind::Graph(crate::ir::Body { nodes, outputs: vec![output], ..Default::default() })
+        };
+        let mut either = node("If", "either".into(), &[flag], y);
+        either.attributes.push(("then_branch".into(), branch(on).into()));
+        either.attributes.push(("else_branch".into(), branch(off).into()));
+        graph.body.nodes = vec![either];
+        (graph.body.inputs, graph.body.outputs) = (vec![x], vec![y]);
+        assert_eq!(crate::finetune::cut::suffix::reader_count(&graph.body.nodes, w), 1);
+        let lora = Lora { rank: 3, alpha: 6.0, seed: 1 };
+        let adapted = adapt(graph, &[w], lora).unwrap();
+        crate::ir::check(&model).unwrap();
+        let a = crate::torch::tensor_from_ir("a", model.graph.body.initializer(adapted[0].a).unwrap()).unwrap();
+        let b = fill(&[3, 5], 1.3);
+        let place = model.graph.body.initializers.iter_mut().find(|(id, _)| *id == adapted[0].b).unwrap();
+        place.1 = tensor_to_ir("b", &b, crate::ir::DataType::Float).unwrap();
+        let program = Program::compile(&model, &Options::default()).unwrap();
+        let input = fill(&[4, 7], 0.73);
+        let found = program.run(&[(program.inputs()[0], input.shallow_clone())], program.outputs()).unwrap();
+        let want = input.matmul(&(numbers + a.matmul(&b) * lora.scale()));
+        assert!(found[0].allclose(&want, 1e-5, 1e-5, false), "{:?}, {want:?}", found[0]);
     }
 
     #[test]

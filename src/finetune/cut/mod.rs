@@ -14,6 +14,8 @@ use crate::finetune::settings::{Lora, WriteTrained};
 use crate::ir::{Model, Tensor, ValueId};
 use crate::quantised::{Activations, QuantisedWeight, float_products, place_floats};
 
+use suffix::reader_count;
+
 pub use adapters::Adapted;
 pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, products_of};
@@ -79,8 +81,7 @@ impl Cut {
         };
         let name = graph.name(weight);
         let float = graph.body.initializer(weight).is_some_and(|tensor| tensor.dtype.is_float());
-        let readers = graph.body.nodes.iter().filter(|node| node.present_inputs().any(|id| id == weight)).count();
-        if !float || readers != 1 {
+        if !float || reader_count(&graph.body.nodes, weight) != 1 {
             let what = if float { "is read in other places too" } else { "is no floating-point tensor" };
             return refused(format!("its weight `{name}` {what}"));
         }

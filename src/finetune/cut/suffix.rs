@@ -134,8 +134,13 @@ impl Suffix {
     }
 }
 
+/// Number of nodes that read a value, in their bodies or outside.
+pub fn reader_count(nodes: &[Node], id: ValueId) -> usize {
+    nodes.iter().filter(|node| reads(node).any(|read| read == id)).count()
+}
+
 /// Values that a node reads, including those that its bodies capture.
-fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
+pub fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
     node.present_inputs().chain(node.bodies().flat_map(captured))
 }
 

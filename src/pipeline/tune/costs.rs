@@ -36,9 +36,9 @@ pub struct Costs {
     pub without_tower_layers: usize,
     /// Bytes of the components that are run.
     pub size_bytes: u64,
-    /// Bytes of each decoder layer's own weights.
+    /// Bytes of each decoder layer: its own weights, and its nodes, which are taken to be equally large in all layers.
     pub decoder_layer_bytes: Vec<u64>,
-    /// Bytes of each tower layer's own weights.
+    /// The same of each tower layer.
     pub tower_layer_bytes: Vec<u64>,
     /// Times by picture budget, in the order of the choices in `quality.json`.
     pub budgets: Vec<BudgetCosts>,
@@ -93,7 +93,7 @@ pub struct BudgetCosts {
     pub step_rest_ms: f64,
 }
 
-/// Bytes of the components that are run, and of each decoder and tower layer.
+/// Bytes of the components that are run.
 ///
 /// Errors: those of reading the files.
 pub fn size_bytes(bundle: &Bundle) -> Result<u64> {
@@ -130,7 +130,16 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         |choice: &Choice| PictureSettings { images: choice.images, keep_image_tokens: choice.keep_image_tokens };
     let settings: Vec<PictureSettings> = pictures.iter().map(settings).collect();
     let times = stage_times(&models, &settings, question, options, &stages.runtime()?, stages.cancel)?;
-    let tower_costs = tower_bytes(&stages.bundle, tower.len() > 1)?;
+    let tower_weights = tower_bytes(&stages.bundle, tower.len() > 1)?;
+    let decoder_weights: Vec<u64> = stages.dense.costs.layers.iter().map(|layer| layer.size_bytes).collect();
+    let thin = Bundle::open(if thin_tower.is_some() { &thinner } else { &thin })?;
+    let with_nodes = |role: Role, dropped: &[usize], weights: &[u64]| -> Result<Vec<u64>> {
+        let nodes = node_bytes((&stages.bundle, &thin), role, dropped, weights)?;
+        Ok(weights.iter().map(|weight| weight + nodes).collect())
+    };
+    let decoder_costs = with_nodes(Role::Decoder, &fewer.dropped, &decoder_weights)?;
+    let tower_dropped = thin_tower.map_or(&[][..], |choice| &choice.dropped);
+    let tower_costs = with_nodes(Role::VisionEncoder, tower_dropped, &tower_weights)?;
     let counts = Counts {
         decoder: layers,
         tower: tower_costs.len(),
@@ -152,7 +161,7 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         without_decoder_layers: counts.fewer,
         without_tower_layers: counts.fewer_tower,
         size_bytes: size_bytes(&stages.bundle)?,
-        decoder_layer_bytes: stages.dense.costs.layers.iter().map(|layer| layer.size_bytes).collect(),
+        decoder_layer_bytes: decoder_costs,
         tower_layer_bytes: tower_costs,
         budgets,
     })
@@ -164,6 +173,14 @@ fn tower_bytes(bundle: &Bundle, searched: bool) -> Result<Vec<u64>> {
     let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
     let body = &analysis.model.graph.body;
     Ok(analysis.map.layers.iter().map(|layer| layer.weight_bytes(body)).collect())
+}
+
+/// Bytes of one layer's nodes in the graph, the mean over `dropped`: what the file without these layers lacks besides their weights.
+fn node_bytes((whole, thin): (&Bundle, &Bundle), role: Role, dropped: &[usize], weights: &[u64]) -> Result<u64> {
+    let (Some(before), Some(after)) = (whole.component(role), thin.component(role)) else { return Ok(0) };
+    let gone = whole.size_bytes(before)?.saturating_sub(thin.size_bytes(after)?);
+    let of_weights: u64 = dropped.iter().filter_map(|&layer| weights.get(layer)).sum();
+    Ok(gone.saturating_sub(of_weights) / dropped.len().max(1) as u64)
 }
 
 /// Layers of the model, and how many of them the thinner model lacks.

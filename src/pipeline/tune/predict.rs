@@ -64,12 +64,30 @@ impl<'a> Predictor<'a> {
         let (layers, tower_layers) = (decoder.len() as f64, tower.len() as f64);
         let bytes = |dropped: &[usize], of: &[u64]| -> u64 { dropped.iter().filter_map(|&layer| of.get(layer)).sum() };
         let gone = bytes(decoder, &self.costs.decoder_layer_bytes) + bytes(tower, &self.costs.tower_layer_bytes);
-        let ttft = budget.ttft_ms.median - layers * budget.decoder_layer_ms - tower_layers * budget.tower_layer_ms;
-        let step = budget.step_ms.median - layers * budget.step_layer_ms;
+        let first_gone = layers * budget.decoder_layer_ms + tower_layers * budget.tower_layer_ms;
         Figures {
-            ttft_ms: ttft.max(0.0),
-            tokens_per_s: 1000.0 / step.max(f64::MIN_POSITIVE),
+            ttft_ms: time_left(budget.ttft_ms.median, first_gone),
+            tokens_per_s: 1000.0 / time_left(budget.step_ms.median, layers * budget.step_layer_ms),
             size_bytes: self.costs.size_bytes.saturating_sub(gone),
+        }
+    }
+}
+
+/// A time without the parts that are gone. Where noise makes the parts cost as much as the whole, nothing can be said of what is
+/// left, and the whole time stands: a plan must not meet a target by noise.
+fn time_left(whole: f64, gone: f64) -> f64 {
+    if gone < whole { whole - gone } else { whole }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_in_costs_predicts_no_infinite_speed() {
+        assert_eq!(time_left(8.0, 3.0), 5.0);
+        for gone in [8.0, 9.0, f64::NAN] {
+            assert_eq!(time_left(8.0, gone), 8.0);
         }
     }
 }

@@ -1,4 +1,4 @@
-// A C interface to c10d's Gloo process group. Every function that can fail returns null or false and sets `error` to a text;
+// A C interface to c10d's Gloo process group, and to the streams of LibTorch's accelerator. Every function that can fail returns null or false and sets `error` to a text;
 // free it with `interlace_text_free`.
 
 #include <chrono>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <ATen/DeviceAccelerator.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -76,6 +77,24 @@ bool interlace_group_broadcast(Group* group, const torch::Tensor* tensor, int ro
     c10d::BroadcastOptions options;
     options.rootRank = root;
     group->backend->broadcast(tensors, options)->wait();
+    return true;
+  });
+}
+
+// Makes a GPU the calling thread's device, and gives the stream on which LibTorch computes there. `*stream` is a cudaStream_t;
+// that of the default stream is null.
+bool interlace_stream(int gpu, void** stream, char** error) {
+  return caught(error, [&]() -> bool {
+    at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(gpu));
+    *stream = at::accelerator::getCurrentStream(static_cast<c10::DeviceIndex>(gpu)).native_handle();
+    return true;
+  });
+}
+
+// Whether everything queued on that stream is done.
+bool interlace_stream_idle(int gpu, bool* idle, char** error) {
+  return caught(error, [&]() -> bool {
+    *idle = at::accelerator::getCurrentStream(static_cast<c10::DeviceIndex>(gpu)).query();
     return true;
   });
 }

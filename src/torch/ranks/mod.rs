@@ -1,4 +1,7 @@
-//! The processes of a distributed run, started by `torchrun`; uses LibTorch's c10d over Gloo.
+//! The processes of a distributed run, started by `torchrun`.
+//!
+//! They meet, and exchange bytes and sums of CPU tensors, through LibTorch's c10d over Gloo; NCCL sums tensors on GPUs. This is
+//! PyTorch's own choice for a process group whose back end is not named.
 //!
 //! All ranks must make collective calls in the same order. After a failure the group cannot be used any more: end the
 //! process with an error, so that the launcher restarts all of them.
@@ -12,7 +15,14 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::base::{Error, Peers, Result};
+use self::nccl::{Functions, Nccl, Streams};
+use super::cuda_device;
+use crate::base::{self, Error, Peers, Result};
+
+mod nccl;
+
+/// Environment variable that chooses what sums tensors on GPUs: `nccl` (the default), or `gloo`, through host memory.
+pub(super) const VARIABLE: &str = "INTERLACE_RANKS_BACKEND";
 
 /// Time limit for waiting for a rank that runs but does not call. A rank that has ended is noticed at once.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
@@ -26,7 +36,46 @@ pub struct Ranks {
     rank: usize,
     size: usize,
     local_rank: usize,
+    gpu_sums: GpuSums,
     group: Group,
+}
+
+/// What sums tensors on GPUs.
+#[derive(Debug)]
+enum GpuSums {
+    /// Nothing: a run on CPUs.
+    None,
+    /// Gloo, over copies in host memory.
+    Host,
+    /// NCCL, on the GPUs.
+    Nccl(Nccl),
+}
+
+/// A back end of process groups, under PyTorch's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    Gloo,
+    Nccl,
+}
+
+impl Backend {
+    /// What sums tensors on a device, where the user asks for `asked`.
+    ///
+    /// Errors: `Error::Invalid` for an unknown back end, and for `nccl` without a GPU.
+    fn of(device: base::Device, asked: Option<&str>) -> Result<Backend> {
+        let wrong = |problem: String| {
+            Error::invalid(format!("environment variable {VARIABLE}"), problem)
+                .remedy("unset it, or set it to `gloo` to sum the tensors of GPUs in host memory")
+        };
+        match (asked, device) {
+            (None, base::Device::Cpu) | (Some("gloo"), _) => Ok(Backend::Gloo),
+            (None | Some("nccl"), base::Device::Cuda(_)) => Ok(Backend::Nccl),
+            (Some("nccl"), base::Device::Cpu) => {
+                Err(wrong("is `nccl`, which sums tensors on GPUs only, and the device is cpu".to_string()))
+            }
+            (Some(other), _) => Err(wrong(format!("is `{other}`, `nccl` or `gloo` is expected"))),
+        }
+    }
 }
 
 /// A process's position among the processes of its run.
@@ -132,7 +181,31 @@ impl Ranks {
             )
         };
         let group = NonNull::new(group).ok_or_else(|| failed(error, "meeting the other ranks"))?;
-        Ok(Ranks { rank, size, local_rank, group: Group(group) })
+        Ok(Ranks { rank, size, local_rank, gpu_sums: GpuSums::None, group: Group(group) })
+    }
+
+    /// Prepares sums of tensors on `device`, over NCCL for a GPU. All ranks make this call.
+    ///
+    /// Errors: `Error::Invalid` when INTERLACE_RANKS_BACKEND asks for something else than `nccl` and `gloo`;
+    /// `Error::Unsupported` when the GPU or NCCL is missing; `Error::Engine` when another rank does not get as far.
+    pub fn for_device(mut self, device: base::Device) -> Result<Ranks> {
+        let asked = env::var(VARIABLE).ok().filter(|value| !value.is_empty());
+        let backend = Backend::of(device, asked.as_deref())?;
+        let base::Device::Cuda(index) = device else { return Ok(self) };
+        let gpu = index as usize;
+        let device = cuda_device(gpu)?;
+        self.gpu_sums = match backend {
+            Backend::Gloo => GpuSums::Host,
+            Backend::Nccl => {
+                let functions = Functions::load()?;
+                // A rank without NCCL has ended; the others would wait for it in NCCL.
+                self.wait_for_all()?;
+                let streams = Streams { current: current_stream, idle: stream_is_idle };
+                let (place, first) = ((self.rank, self.size), |bytes: &[u8]| self.from_first(bytes));
+                GpuSums::Nccl(Nccl::connect(functions, streams, (device, gpu), place, first)?)
+            }
+        };
+        Ok(self)
     }
 
     /// This process's rank, from 0.
@@ -151,23 +224,48 @@ impl Ranks {
     }
 
     /// Sums the tensors over all ranks in place, with bitwise equal results on all of them. Shapes must be equal on all
-    /// ranks and all tensors must have one element type; they may be on a device.
+    /// ranks and all tensors must have one element type. Tensors on a GPU stay there where NCCL sums them.
     ///
-    /// Errors: `Error::Engine` when a rank has ended or does not make the call in time.
+    /// Errors: `Error::Engine` when a rank has ended or does not make the call in time, and for a device for which
+    /// [`Ranks::for_device`] was not called.
     pub fn sum(&self, tensors: &[Tensor]) -> Result<()> {
-        let mut by_kind: Vec<(Kind, Vec<&Tensor>)> = Vec::new();
+        let mut groups: Vec<((Kind, Device), Vec<&Tensor>)> = Vec::new();
         for tensor in tensors {
-            match by_kind.iter_mut().find(|(kind, _)| *kind == tensor.kind()) {
+            let own = (tensor.kind(), tensor.device());
+            match groups.iter_mut().find(|(group, _)| *group == own) {
                 Some((_, others)) => others.push(tensor),
-                None => by_kind.push((tensor.kind(), vec![tensor])),
+                None => groups.push((own, vec![tensor])),
             }
         }
-        by_kind.iter().try_for_each(|(_, tensors)| {
-            buckets(tensors, BUCKET_BYTES).into_iter().try_for_each(|bucket| self.sum_of_kind(bucket))
-        })
+        for ((_, device), tensors) in &groups {
+            let nccl = self.nccl_of(*device)?;
+            if let Some(nccl) = nccl {
+                // NCCL does not notice a rank that has ended, so all meet first, each with an idle GPU.
+                nccl.wait_for_gpu(TIMEOUT)?;
+                self.sum_on_host(&Tensor::from_slice(&[1.0]))?;
+            }
+            for bucket in buckets(tensors, BUCKET_BYTES) {
+                self.sum_bucket(bucket, nccl)?;
+            }
+        }
+        Ok(())
     }
 
-    fn sum_of_kind(&self, tensors: &[&Tensor]) -> Result<()> {
+    /// The communicator that sums tensors of `device`; `None` for sums in host memory.
+    fn nccl_of(&self, device: Device) -> Result<Option<&Nccl>> {
+        match &self.gpu_sums {
+            GpuSums::Nccl(nccl) if nccl.device() == device => Ok(Some(nccl)),
+            GpuSums::Host => Ok(None),
+            _ if device == Device::Cpu => Ok(None),
+            _ => Err(Error::engine(
+                "c10d",
+                "the sum over ranks",
+                format!("this run has no process group for {device:?}"),
+            )),
+        }
+    }
+
+    fn sum_bucket(&self, tensors: &[&Tensor], nccl: Option<&Nccl>) -> Result<()> {
         let problem = |e: tch::TchError| Error::engine("LibTorch", "the sum over ranks", e);
         let _guard = tch::no_grad_guard();
         let flat: Vec<Tensor> = tensors
@@ -175,11 +273,14 @@ impl Ranks {
             .map(|tensor| tensor.f_detach()?.f_reshape([-1]))
             .collect::<Result<_, _>>()
             .map_err(problem)?;
-        let whole = Tensor::f_cat(&flat, 0).and_then(|whole| whole.f_to_device(Device::Cpu)).map_err(problem)?;
-        self.call("the sum over ranks", |error| {
-            // SAFETY: the group and the tensor live until the call returns.
-            unsafe { interlace_group_sum(self.group.0.as_ptr(), whole.as_ptr().cast(), error) }
-        })?;
+        let whole = Tensor::f_cat(&flat, 0).map_err(problem)?;
+        let whole = match nccl {
+            Some(nccl) => nccl.sum(&whole).map(|()| whole),
+            None => whole.f_to_device(Device::Cpu).map_err(problem).and_then(|whole| {
+                self.sum_on_host(&whole)?;
+                Ok(whole)
+            }),
+        }?;
         let mut start = 0;
         for tensor in tensors {
             let count = tensor.numel() as i64;
@@ -188,6 +289,14 @@ impl Ranks {
             start += count;
         }
         Ok(())
+    }
+
+    /// Sums a CPU tensor in place, over Gloo.
+    fn sum_on_host(&self, tensor: &Tensor) -> Result<()> {
+        self.call("the sum over ranks", |error| {
+            // SAFETY: the group and the tensor live until the call returns.
+            unsafe { interlace_group_sum(self.group.0.as_ptr(), tensor.as_ptr().cast(), error) }
+        })
     }
 
     /// The sum of a number over all ranks.
@@ -289,6 +398,26 @@ fn buckets<'a, 't>(tensors: &'a [&'t Tensor], most: usize) -> Vec<&'a [&'t Tenso
     cut
 }
 
+/// Makes `gpu` this thread's GPU and gives the stream (`cudaStream_t`) on which LibTorch computes there.
+fn current_stream(gpu: usize) -> Result<*mut c_void> {
+    let (mut stream, mut error) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the pointers live until the call returns.
+    match unsafe { interlace_stream(gpu as c_int, &mut stream, &mut error) } {
+        true => Ok(stream),
+        false => Err(failed(error, &format!("the stream of cuda:{gpu}"))),
+    }
+}
+
+/// True when everything queued on LibTorch's stream of `gpu` is done.
+fn stream_is_idle(gpu: usize) -> Result<bool> {
+    let (mut idle, mut error) = (false, std::ptr::null_mut());
+    // SAFETY: the pointers live until the call returns.
+    match unsafe { interlace_stream_idle(gpu as c_int, &mut idle, &mut error) } {
+        true => Ok(idle),
+        false => Err(failed(error, &format!("the work of cuda:{gpu}"))),
+    }
+}
+
 /// The address of this machine from which the store is reached: the other ranks connect to it.
 fn own_address(host: &str, port: u16) -> Result<String> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0");
@@ -351,6 +480,8 @@ unsafe extern "C" {
         root: c_int,
         error: *mut *mut c_char,
     ) -> bool;
+    fn interlace_stream(gpu: c_int, stream: *mut *mut c_void, error: *mut *mut c_char) -> bool;
+    fn interlace_stream_idle(gpu: c_int, idle: *mut bool, error: *mut *mut c_char) -> bool;
     #[cfg(test)]
     fn interlace_group_layout() -> usize;
     fn interlace_text_free(text: *mut c_char);

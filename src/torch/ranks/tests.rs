@@ -27,6 +27,24 @@ fn tensors_are_summed_in_buckets() {
     assert_eq!(found, [vec![10, 6], vec![200], vec![1, 1], vec![30]]);
 }
 
+#[test]
+fn the_back_end_follows_from_the_device_and_what_is_asked() {
+    use crate::base::Device::{Cpu, Cuda};
+    for (device, asked, want) in [
+        (Cpu, None, Backend::Gloo),
+        (Cpu, Some("gloo"), Backend::Gloo),
+        (Cuda(1), None, Backend::Nccl),
+        (Cuda(0), Some("nccl"), Backend::Nccl),
+        (Cuda(0), Some("gloo"), Backend::Gloo),
+    ] {
+        assert_eq!(Backend::of(device, asked).unwrap(), want, "{device}, {asked:?}");
+    }
+    for (device, asked, part) in [(Cpu, "nccl", "the device is cpu"), (Cuda(0), "mpi", "`mpi`")] {
+        let error = Backend::of(device, Some(asked)).unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains("INTERLACE_RANKS_BACKEND"), "{error}");
+    }
+}
+
 fn place(variables: &[(&str, &str)]) -> Result<Option<Place>> {
     let variables: HashMap<&str, &str> = variables.iter().copied().collect();
     Place::of(|name| variables.get(name).map(ToString::to_string))
@@ -99,6 +117,11 @@ fn start(name: &str, size: usize) -> Vec<Child> {
 #[ignore = "one of several processes, started by the test below"]
 fn child_process_that_sums_and_sends() {
     let ranks = Ranks::of_environment().unwrap().unwrap();
+    let ranks = ranks.for_device(base::Device::Cpu).unwrap();
+    assert!(ranks.nccl_of(Device::Cpu).unwrap().is_none());
+    // Tensors on a GPU are not summed in host memory unless that is asked for.
+    let error = ranks.nccl_of(Device::Cuda(0)).unwrap_err().to_string();
+    assert!(error.contains("no process group for Cuda(0)"), "{error}");
     let own = ranks.rank() as f64 + 1.0;
     let total: f64 = (1..=ranks.size()).map(|n| n as f64).sum();
     let weight = Tensor::ones([2, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true);

