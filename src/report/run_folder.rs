@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, Result, read_json};
+use crate::base::{Error, Result, read_json, read_plain};
 use crate::eval::{BenchReport, ModelScores};
 use crate::finetune::StepMetrics;
 use crate::method::{Plan, Scores};
@@ -12,6 +12,9 @@ use crate::pipeline::{
     MANIFEST_FILE, Manifest, SWEEP_FILE, SweepTable, TABLE_FILE, TUNE_FILE, Table, TableRow, TuneReport,
     stored_answers, stored_bench,
 };
+
+/// Most bytes of the steps of one finetuning.
+const MOST_METRICS: u64 = 1 << 30;
 
 /// The artifacts of a run.
 pub struct RunFolder {
@@ -169,7 +172,7 @@ fn metrics(folder: &Path) -> Result<BTreeMap<String, Vec<StepMetrics>>> {
     for work in entries(&folder.join("work"))? {
         let path = work.join("metrics.jsonl");
         let Some(name) = work.file_name().and_then(|name| name.to_str()).filter(|_| path.exists()) else { continue };
-        let text = fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
+        let text = String::from_utf8_lossy(&read_plain(&path, MOST_METRICS)?).into_owned();
         let steps = text.lines().enumerate().map(|(number, line)| {
             serde_json::from_str(line).map_err(|e| {
                 Error::invalid(format!("line {} of `{}`", number + 1, path.display()), e.to_string())
