@@ -81,10 +81,10 @@ pub struct Args {
     #[arg(long, default_value = "cpu")]
     device: Device,
     /// Keep measurements and candidates in this folder [default: OUT.work]
-    #[arg(long, value_name = "FOLDER", required_unless_present = "output")]
+    #[arg(long, value_name = "FOLDER")]
     work: Option<PathBuf>,
     /// Plan from the measurements in the work folder, and make nothing
-    #[arg(long, conflicts_with = "output")]
+    #[arg(long, conflicts_with = "output", requires = "work")]
     replan: bool,
     /// Write the chosen model to this new folder
     #[arg(short, long, value_name = "OUT", required_unless_present = "replan")]
@@ -168,7 +168,13 @@ pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Res
 }
 
 fn print(report: &TuneReport, output: &Output) -> anyhow::Result<()> {
-    output.line(table(&report.cost_cells()))?;
+    output.line(table(&report.costs.cells()))?;
+    if report.costs.is_noisy() {
+        output.line(
+            "a time below 0 is noise: a layer's time is measured by difference, and all layers together add up to more than the \
+             whole",
+        )?;
+    }
     output.line("")?;
     output.line(table(&report.plan_cells()))?;
     output.line("")?;
@@ -186,6 +192,9 @@ fn print(report: &TuneReport, output: &Output) -> anyhow::Result<()> {
         output.line(
             "candidates are chosen by their held-back loss, so measure the chosen one on data that nothing here has read",
         )?;
+    }
+    if report.best.is_whole() {
+        output.line("the model meets the target as it is, so nothing is left out")?;
     }
     for note in &report.notes {
         output.warn(note);

@@ -94,7 +94,7 @@ pub fn stage_times(
     for round in 0..WARM_UP + options.rounds {
         for setting in 0..settings.len() {
             for (contestant, own) in contestants.iter_mut().zip(&mut times) {
-                cancel.check("no measurement is kept")?;
+                cancel.check("the times of this measurement are not kept")?;
                 let found = contestant.answer(setting, question, options.new_tokens)?;
                 if round >= WARM_UP {
                     own[setting].push(found);

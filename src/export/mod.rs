@@ -165,6 +165,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30 and ONNX Runtime Web 1.31, from bytes",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: GRAPHS,
         write: plain::single_file,
     },

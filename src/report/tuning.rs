@@ -44,7 +44,7 @@ pub fn front(run: &RunFolder) -> Made {
         let title = "Kept likelihood over the time to the first token";
         let description = match chosen {
             Some(own) => format!(
-                "{} plans are on the front. Chosen: without {}, {:.2} ms, {:.1}% kept.",
+                "{} plans are on the front. Chosen: {}, {:.2} ms, {:.1}% kept.",
                 tune.front.len(),
                 own.plan.shown(),
                 own.measured.ttft_ms,
@@ -65,6 +65,7 @@ pub fn front(run: &RunFolder) -> Made {
 /// The measured models beside what was predicted.
 pub fn candidates(run: &RunFolder) -> Made {
     Ok(of(run).and_then(|tune| match tune.candidate_cells() {
+        cells if cells.is_empty() && tune.best.is_whole() => Err("the model meets the target as it is".to_string()),
         cells if cells.is_empty() => Err("no model was made; `interlace tune` without `--replan` does it".to_string()),
         cells => Ok(table("Measured models", &cells)),
     }))
@@ -75,7 +76,7 @@ pub fn costs(run: &RunFolder) -> Made {
     Ok(of(run).map(|tune| {
         let costs = &tune.costs;
         let mut text = paragraph(&format!("On {} cores, device {}.", costs.cores, costs.device));
-        text.push_str(&table("Costs", &tune.cost_cells()));
+        text.push_str(&table("Costs", &costs.cells()));
         text
     }))
 }

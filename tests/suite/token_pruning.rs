@@ -13,7 +13,10 @@ use super::answer_graph::answer_with;
 use super::cli::{fixture, interlace, stderr, stdout};
 use super::families::{Family, sample};
 
-const TOKENS: i64 = 8;
+/// Tokens of an answer: the positions behind the first one count too.
+const TOKENS: i64 = 4;
+/// Prompts with one picture, with two, with none, and with an answered turn before the last.
+const ASKED: [&str; 5] = ["photo", "palette", "two", "none", "turns"];
 
 /// Positions of a prompt's tokens that stay, in double precision: of each picture the four tokens with the largest L1 norm, and
 /// for each of them and of four text tokens in turn an equal share of what is left, those least similar to it.
@@ -107,7 +110,7 @@ fn check_rule(archive: &str, name: &str, keep: f64) {
     let mut dense = opened(&family.here().join(name));
     let mut less = opened(&family.here().join("less"));
     let (mut pictured, mut left_out) = (0, 0);
-    for (case, want) in family.cases() {
+    for (case, want) in family.cases().filter(|(case, _)| ASKED.contains(case)) {
         let mut sample = sample(&want["turns"]);
         if let Some(last) = sample.turns.last_mut() {
             last.assistant = "A green line.".into();
@@ -149,17 +152,24 @@ fn check_rule(archive: &str, name: &str, keep: f64) {
         left_out += whole.len() - part.len();
         pictured += 1;
     }
-    assert!(pictured >= 5 && left_out > 0, "{name}: {pictured} prompts with pictures, {left_out} tokens left out");
+    assert!(pictured >= 3 && left_out > 0, "{name}: {pictured} prompts with pictures, {left_out} tokens left out");
 }
 
 #[test]
 fn the_tokens_that_stay_are_those_of_the_rule() {
+    for (archive, name) in
+        [("smolvlm", "smolvlm"), ("internvl", "internvl"), ("gemma3", "gemma3"), ("mistral3", "mistral3")]
+    {
+        check_rule(archive, name, 0.5);
+    }
+    check_rule("smolvlm", "smolvlm", 0.15);
+}
+
+#[test]
+fn tokens_that_stay_keep_three_rows_of_positions_and_features_of_inner_layers() {
     for (archive, name) in [
-        ("smolvlm", "smolvlm"),
-        ("internvl", "internvl"),
-        ("gemma3", "gemma3"),
-        ("mistral3", "mistral3"),
         ("lfm2_vl", "lfm2_vl"),
+        // A second embedding of each token.
         ("gemma3n", "gemma3n"),
         // Three rows of positions.
         ("qwen2_vl", "qwen2_vl"),
@@ -169,42 +179,49 @@ fn the_tokens_that_stay_are_those_of_the_rule() {
     ] {
         check_rule(archive, name, 0.5);
     }
-    check_rule("smolvlm", "smolvlm", 0.15);
     check_rule("qwen3_vl", "qwen3_vl", 0.9);
+}
+
+/// Compares the answers of one graph with those of the components, both without the same image tokens.
+fn check_graph(archive: &str, name: &str) {
+    let family = Family::open(archive, name);
+    family.run(&["prune", name, "--keep-image-tokens", "0.4", "-o", "less", "-q"]);
+    family.run(&["export", "less", "--to", "generate", "-o", "out", "-q"]);
+    let Opened { mut model, processor } = opened(&family.here().join("less"));
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let graph = family.here().join("out/onnx/generate.onnx");
+    let mut graph = runtime.session(&graph, &SessionOptions::default()).expect("a graph");
+    let (mut checked, mut pictured) = (0, 0);
+    for (case, want) in family.cases().filter(|(case, _)| ASKED.contains(case)) {
+        let sample = sample(&want["turns"]);
+        let encoded: Encoded = processor.encode_prompt(&sample).expect("a prompt");
+        let counts = counts(&processor, &sample).into_iter().map(|count| count as i64).collect::<Vec<i64>>();
+        let counts = TensorValue::from_i64(DataType::Int64, &[counts.len()], counts).expect("a tensor");
+        let more = vec![("picture_tokens".to_string(), counts)];
+        let Some(found) = answer_with(&mut graph, &encoded, TOKENS, more) else { continue };
+        pictured += usize::from(!encoded.image_positions.is_empty());
+        let prompt = encoded.into_prompt();
+        let answers = model.generate(&[prompt], TOKENS as usize, &Cancel::default()).expect("an answer");
+        assert_eq!(found, answers[0], "{name} {case}");
+        checked += 1;
+    }
+    assert!(checked >= 3 && pictured >= 2, "{name}: {checked} prompts, {pictured} with pictures");
 }
 
 #[test]
 fn one_graph_answers_as_the_components_do_with_fewer_image_tokens() {
-    for (archive, name) in [
-        ("smolvlm", "smolvlm"),
-        ("llava", "llava"),
-        ("internvl", "internvl"),
-        ("gemma3", "gemma3"),
-        ("mistral3", "mistral3"),
-        ("lfm2_vl", "lfm2_vl"),
-    ] {
-        let family = Family::open(archive, name);
-        family.run(&["prune", name, "--keep-image-tokens", "0.4", "-o", "less", "-q"]);
-        family.run(&["export", "less", "--to", "generate", "-o", "out", "-q"]);
-        let Opened { mut model, processor } = opened(&family.here().join("less"));
-        let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
-        let graph = family.here().join("out/onnx/generate.onnx");
-        let mut graph = runtime.session(&graph, &SessionOptions::default()).expect("a graph");
-        let (mut checked, mut pictured) = (0, 0);
-        for (case, want) in family.cases() {
-            let sample = sample(&want["turns"]);
-            let encoded: Encoded = processor.encode_prompt(&sample).expect("a prompt");
-            let counts = counts(&processor, &sample).into_iter().map(|count| count as i64).collect::<Vec<i64>>();
-            let counts = TensorValue::from_i64(DataType::Int64, &[counts.len()], counts).expect("a tensor");
-            let more = vec![("picture_tokens".to_string(), counts)];
-            let Some(found) = answer_with(&mut graph, &encoded, TOKENS, more) else { continue };
-            pictured += usize::from(!encoded.image_positions.is_empty());
-            let prompt = encoded.into_prompt();
-            let answers = model.generate(&[prompt], TOKENS as usize, &Cancel::default()).expect("an answer");
-            assert_eq!(found, answers[0], "{name} {case}");
-            checked += 1;
-        }
-        assert!(checked >= 8 && pictured >= 5, "{name}: {checked} prompts, {pictured} with pictures");
+    for (archive, name) in [("smolvlm", "smolvlm"), ("llava", "llava"), ("internvl", "internvl"), ("gemma3", "gemma3")]
+    {
+        check_graph(archive, name);
+    }
+}
+
+#[test]
+fn one_graph_with_three_rows_of_positions_answers_as_the_components_do_with_fewer_image_tokens() {
+    for (archive, name) in
+        [("qwen2_vl", "qwen2_vl"), ("glm4v", "glm4v"), ("mistral3", "mistral3"), ("lfm2_vl", "lfm2_vl")]
+    {
+        check_graph(archive, name);
     }
 }
 
@@ -247,6 +264,7 @@ fn every_verb_runs_a_model_that_leaves_image_tokens_out() {
         ("genai", "counts image tokens itself"),
         ("triton", "one token for each row of features"),
         ("openvino", "no program is known"),
+        ("single-file", "no program is known"),
     ] {
         let output = interlace(here, &["export", "less", "--to", target, "-o", "out"]);
         assert_eq!(output.status.code(), Some(2), "{target}: {}", stderr(&output));

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::analysis;
-use crate::base::{Provenance, Result, ScratchDir, sha256_json};
+use crate::base::{Error, Provenance, Result, ScratchDir, sha256_json};
 use crate::bundle::{Bundle, BundleWriter, Deepstack, ModelSource, Record, Role, Tower};
 use crate::data::{DataOptions, DataPart, Processor, Sample};
 use crate::eval::{PictureSettings, Spread, StageOptions, StageTimes, stage_times};
@@ -23,6 +23,7 @@ use crate::rewrite::drop_layers;
 use super::costs::size_bytes;
 use super::predict::Predictor;
 use super::quality::{encoded, samples_of};
+use super::report::images_in_words;
 use super::solve::TunePoint;
 use super::target::Figures;
 
@@ -53,9 +54,11 @@ pub struct HeldBack {
     bundle: Bundle,
     meter: AnswerMeter,
     samples: Vec<Sample>,
-    /// By tower choice and budget.
-    answers: BTreeMap<(usize, usize), EmbeddedAnswers>,
+    /// By tower choice and budget; `None` for a budget that leaves no pixel of a picture.
+    answers: BTreeMap<(usize, usize), Option<EmbeddedAnswers>>,
     tower: usize,
+    /// Budgets that a held-back picture does not fit, with the reason.
+    pub notes: Vec<String>,
 }
 
 impl HeldBack {
@@ -66,13 +69,21 @@ impl HeldBack {
         let (_, samples, _) = samples_of(&stages.bundle, calibration, part, most)?;
         let samples = samples.into_iter().map(|(sample, _)| sample).collect();
         let meter = AnswerMeter::open(&stages.bundle, &stages.runtime()?, stages.features())?;
-        Ok(HeldBack { bundle: stages.bundle.clone(), meter, samples, answers: BTreeMap::new(), tower: 0 })
+        Ok(HeldBack {
+            bundle: stages.bundle.clone(),
+            meter,
+            samples,
+            answers: BTreeMap::new(),
+            tower: 0,
+            notes: Vec::new(),
+        })
     }
 
-    /// The loss of an answer token with all choices of a combination, in nats.
+    /// The loss of an answer token with all choices of a combination, in nats; `None` where a held-back picture does not fit
+    /// its budget.
     ///
     /// Errors: as `AnswerMeter`.
-    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: TunePoint) -> Result<f64> {
+    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: TunePoint) -> Result<Option<f64>> {
         let key = (point[1], point[2]);
         if !self.answers.contains_key(&key) {
             if self.tower != point[1] {
@@ -89,16 +100,24 @@ impl HeldBack {
             if pictures.keep_image_tokens.is_some() {
                 self.meter.keep_image_tokens(pictures.keep_image_tokens)?;
             }
-            let answers = self.meter.answers(encoded(&processor, &self.samples), stages.cancel)?;
+            let answers = self.meter.answers(encoded(&processor, &self.samples), stages.cancel);
             if pictures.keep_image_tokens.is_some() {
                 self.meter.keep_image_tokens(None)?;
             }
+            let answers = match answers {
+                Ok(answers) => Some(answers),
+                Err(error @ Error::Invalid { .. }) if !pictures.images.is_default() => {
+                    let budget = images_in_words(&pictures.images);
+                    self.notes
+                        .push(format!("no plan with {budget} is made, since a held-back sample does not fit: {error}"));
+                    None
+                }
+                Err(error) => return Err(error),
+            };
             self.answers.insert(key, answers);
         }
-        match self.answers.get(&key) {
-            Some(answers) => self.meter.loss(answers, &predictor.choice(0, point).dropped, stages.cancel),
-            None => Ok(f64::NAN),
-        }
+        let Some(Some(answers)) = self.answers.get(&key) else { return Ok(None) };
+        self.meter.loss(answers, &predictor.choice(0, point).dropped, stages.cancel).map(Some)
     }
 
     /// The loss of a written model.

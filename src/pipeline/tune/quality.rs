@@ -338,7 +338,15 @@ fn tower_depth(own: &mut Measuring) -> Result<Vec<Choice>> {
                 own.notes.push(format!("layer {layer} of the tower stays: {error}"));
                 None
             }
-            None => Some(own.without_tower_layers(&analysis, &[layer], &processor)?),
+            None => match own.without_tower_layers(&analysis, &[layer], &processor) {
+                Ok(loss) => Some(loss),
+                // The decoder reads a feature of this layer, and there is none without it.
+                Err(error @ Error::Invalid { .. }) => {
+                    own.notes.push(format!("layer {layer} of the tower stays: {error}"));
+                    None
+                }
+                Err(error) => return Err(error),
+            },
         };
         usable.extend(loss.map(|loss| (layer, loss)));
         own.tower_layers.push(loss);
