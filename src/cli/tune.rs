@@ -20,6 +20,7 @@ use super::output::{Output, table};
     interlace tune model/ --size 300MB --data data.parquet --work tuned.work --replan\n\n\
     What each layer and each picture token costs here, and what each choice costs in likelihood of the right answers, is\n\
     measured once and kept in the work folder. Another target needs no measurement then: --replan answers from it alone.\n\
+    Where the model meets the target as it is, OUT is the unchanged model.\n\
     Exit code 2, and no model, where the target cannot be met; the message says what can.")]
 #[command(group(clap::ArgGroup::new("target").required(true).multiple(true).args(["ttft", "tokens_per_s", "size"])))]
 pub struct Args {
@@ -28,7 +29,7 @@ pub struct Args {
     /// Reach the first token within this time from an encoded picture and a question, as in 800ms or 1.2s
     #[arg(long, value_name = "TIME", value_parser = value_of("ttft"))]
     ttft: Option<f64>,
-    /// Generate at least this number of tokens per second, one answer at a time
+    /// Generate at least this number of tokens per second behind the first one, one answer at a time
     #[arg(long, value_name = "N", value_parser = value_of("tokens-per-s"))]
     tokens_per_s: Option<f64>,
     /// Make the components that are run at most this large together, as in 300MB or 1.5GiB
@@ -38,7 +39,7 @@ pub struct Args {
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns
-    /// before it (separate)
+    /// before it (separate). Times are measured with one sample's question, whose length depends on this
     #[arg(long, value_name = "HOW", default_value = "conversation")]
     turns: Turns,
     /// Ignore these columns or keys, besides ids, sources and others without a part of the conversation

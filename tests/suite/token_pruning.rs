@@ -7,7 +7,7 @@ use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
 use interlace::data::{Encoded, Processor, Sample};
 use interlace::ir::DataType;
-use interlace::runtime::{Embedded, FeatureCache, Runtime, SessionOptions, TensorValue, VlmSession};
+use interlace::runtime::{Embedded, FeatureCache, Runtime, SessionOptions, TensorValue, TokenPruner, VlmSession};
 
 use super::answer_graph::answer_with;
 use super::cli::{fixture, interlace, stderr, stdout};
@@ -107,6 +107,7 @@ fn at<T: Copy>(values: &[T], width: usize, kept: &[usize]) -> Vec<T> {
 fn check_rule(archive: &str, name: &str, keep: f64) {
     let family = Family::open(archive, name);
     family.run(&["prune", name, "--keep-image-tokens", &keep.to_string(), "-o", "less", "-q"]);
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let mut dense = opened(&family.here().join(name));
     let mut less = opened(&family.here().join("less"));
     let (mut pictured, mut left_out) = (0, 0);
@@ -149,6 +150,15 @@ fn check_rule(archive: &str, name: &str, keep: f64) {
             ids.iter().zip(mask).filter(|(_, answer)| **answer).map(|(&id, _)| id).collect()
         };
         assert_eq!(ids(&part.input_ids, &part.of_kept(&answers)), ids(&whole.input_ids, &answers));
+        if pictured == 0 {
+            // A pruner that keeps all tokens changes nothing.
+            let pruner = TokenPruner::build(&runtime, dense.model.decoder(), 1.0, &SessionOptions::default());
+            dense.model.set_token_pruner(Some(pruner.expect("a pruner"))).expect("image tokens that can be left out");
+            let all = dense.model.embed(&prompt).expect("embeddings");
+            dense.model.set_token_pruner(None).expect("no pruner");
+            assert_eq!(all.kept, Some((0..whole.len()).collect()), "{name} {case}");
+            assert_eq!(Embedded { kept: None, ..all }, whole, "{name} {case}");
+        }
         left_out += whole.len() - part.len();
         pictured += 1;
     }
