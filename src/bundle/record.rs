@@ -69,6 +69,11 @@ pub enum RecordedStep {
         /// The keys with their values now.
         keys: serde_json::Map<String, Value>,
     },
+    /// Image tokens are left out between embedding and decoder, by a graph of their own.
+    ImageTokens {
+        /// Part of each picture's tokens that stays; 1 removed that graph.
+        keep: f64,
+    },
     /// Finetuned weights of a checkpoint were written into the graphs.
     Graft {
         /// Tensors of the checkpoint that changed something.

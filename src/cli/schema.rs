@@ -8,7 +8,7 @@ use crate::export::{Export, PrecisionReport, VocabularyReport};
 use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
-use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
+use crate::pipeline::steps::{Generations, ImageTokens, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Costs, Manifest, Quality, Recipe, RunState, Sweep, SweepTable, Table, TuneReport};
 
 /// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
@@ -20,6 +20,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("finetune", schema_for!(Report)),
         ("generate", schema_for!(Generations)),
         ("graft", schema_for!(GraftTable)),
+        ("image-tokens", schema_for!(ImageTokens)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("likelihood-report", schema_for!(LikelihoodReport)),

@@ -25,7 +25,10 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
         }
         let all: Vec<&Component> =
             bundle.variants(component.role).filter(|other| other.stem == component.stem).collect();
-        chosen.extend(variants.choose(&all)?);
+        match component.role.has_weights() {
+            true => chosen.extend(variants.choose(&all)?),
+            false => chosen.push(component),
+        }
     }
     Ok(chosen)
 }

@@ -19,7 +19,7 @@ mod vocabulary;
 use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
-use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
+use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, Role};
 use crate::hub::commit_of;
 
 pub use precision::{
@@ -85,6 +85,8 @@ pub struct ExportTarget {
     library: &'static str,
     /// True when it has room for a component in several precisions.
     pub writes_variants: bool,
+    /// Why it cannot serve a model that leaves image tokens out; `None` where it can.
+    without_token_pruner: Option<&'static str>,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -106,6 +108,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "tritonserver 2.51",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: Some("its models read a prompt with one token for each row of features"),
         settings: &[
             MAX_BATCH_SIZE,
             VARIANT,
@@ -127,6 +130,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
         writes_variants: true,
+        without_token_pruner: Some("transformers.js counts image tokens itself and runs no other graph"),
         settings: SPLIT_GRAPHS,
         write: transformers_js::write,
     },
@@ -136,6 +140,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: None,
         settings: GRAPHS,
         write: generate::write,
     },
@@ -145,6 +150,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime-genai 0.18",
         library: "onnxruntime-genai",
         writes_variants: false,
+        without_token_pruner: Some("ONNX Runtime GenAI counts image tokens itself and runs no other graph"),
         settings: SPLIT_GRAPHS,
         write: genai::write,
     },
@@ -154,6 +160,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "openvino 2026.4",
         library: "openvino",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: SPLIT_GRAPHS,
         write: plain::openvino,
     },
@@ -163,6 +170,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30 and ONNX Runtime Web 1.31, from bytes",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: GRAPHS,
         write: plain::single_file,
     },
@@ -172,6 +180,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "tract 0.23",
         library: "tract",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: &[VARIANT, MAX_IR_VERSION, OPSET],
         write: plain::tract,
     },
@@ -181,6 +190,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "transformers 5.24",
         library: "transformers",
         writes_variants: false,
+        without_token_pruner: Some("a checkpoint has weights alone"),
         settings: &[BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
@@ -227,6 +237,11 @@ fn export_model(
     if let Some((name, _)) = settings_of_targets().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
+    }
+    if let (Some(pruner), Some(reason)) = (bundle.component(Role::TokenPruner), target.without_token_pruner) {
+        let subject = format!("`{}` in the target `{}`", pruner.file, target.name);
+        return Err(Error::unsupported(subject, reason)
+            .remedy("export the model as it was before, or take it out with `interlace prune --keep-image-tokens 1`"));
     }
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;

@@ -7,6 +7,7 @@ mod models;
 mod run_folder;
 mod svg;
 mod training;
+mod tuning;
 
 use std::path::{Path, PathBuf};
 
@@ -56,7 +57,15 @@ const SECTIONS: &[Section] = &[
     ("examples", "Questions and answers", examples::examples),
 ];
 
-/// Writes the page about the folder of a run or sweep.
+/// The sections about a tuning.
+const TUNING_SECTIONS: &[Section] = &[
+    ("plans", "Plans", tuning::plans),
+    ("front", "Kept likelihood and time to the first token", tuning::front),
+    ("candidates", "Models that were made and measured", tuning::candidates),
+    ("costs", "What each part costs", tuning::costs),
+];
+
+/// Writes the page about the folder of a run, sweep or tuning.
 ///
 /// Errors: as `RunFolder::read`; `Error::Invalid` for an output in the folder of no file; `Error::Io`.
 pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
@@ -86,7 +95,8 @@ pub fn draw_front(run: &Path) -> Result<Option<PathBuf>> {
 
 fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {
     let (mut body, mut contents, mut sections) = (String::new(), Vec::new(), Vec::new());
-    for (id, name, make) in SECTIONS {
+    let all = if run.tune.is_some() { TUNING_SECTIONS } else { SECTIONS };
+    for (id, name, make) in all {
         let made = make(run)?;
         body.push_str(&format!("<section aria-labelledby=\"{id}\">\n<h2 id=\"{id}\">{}</h2>\n", html::escaped(name)));
         body.push_str(&match &made {

@@ -16,6 +16,7 @@ use super::embedding::TokenEmbedding;
 use super::features::FeatureCache;
 use super::inputs::presents_of;
 use super::session::{Runtime, Session, SessionOptions};
+use super::token_pruner::TokenPruner;
 use super::vision::VisionEncoder;
 use super::vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
@@ -56,10 +57,13 @@ impl VlmSession {
         let embed = bundle.component(Role::EmbedTokens);
         let embed = embed.map(|part| TokenEmbedding::new(session(part)?)).transpose()?;
         let vision = Vision::open(runtime, bundle, options, cache)?;
+        let pruner = bundle.component(Role::TokenPruner);
+        let pruner = pruner.map(|part| TokenPruner::new(session(part)?)).transpose()?;
         let file = bundle.component(Role::Decoder).map(|part| format!("`{}`", bundle.path_of(part).display()));
-        let mut session = VlmSession::new(vision, embed, decoder, settings)?;
-        session.decoder_file = file;
-        Ok(session)
+        let mut model = VlmSession::new(vision, embed, decoder, settings)?;
+        model.decoder_file = file;
+        model.set_token_pruner(pruner)?;
+        Ok(model)
     }
 
     /// Puts a vision encoder that is not written yet in the place of the folder's own. Its features stay in a cache of

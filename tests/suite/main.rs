@@ -48,6 +48,7 @@ mod sublayers;
 mod taps;
 mod tensors;
 mod text;
+mod token_pruning;
 mod training;
 mod tune;
 mod variants;

@@ -253,8 +253,10 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
     bundle.check_output(output)?;
     let mut writer = BundleWriter::create(bundle, output)?;
     let scratch = ScratchDir::create_in(folder_of(output))?;
-    let components: Vec<&Component> =
-        chosen(bundle, None)?.into_iter().filter(|component| !component.role.is_carried()).collect();
+    let components: Vec<&Component> = chosen(bundle, None)?
+        .into_iter()
+        .filter(|component| !component.role.is_carried() && component.role.has_weights())
+        .collect();
     let mut ranges = BTreeMap::new();
     if let Some(calibration) = calibration.filter(|_| precisions.iter().any(|row| row.calibrated)) {
         ranges = calibrate::ranges(bundle, calibration)?;
