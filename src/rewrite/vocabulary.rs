@@ -178,7 +178,7 @@ impl Head {
         let tokens = tensor.dims[axis] as usize;
         let mut head =
             Head { product, weight, transpose, axis, behind, vectors: Vec::new(), tokens, dtype, rank: shape.len() };
-        head.find_vectors(body, &index).map_err(|node| no_product(node))?;
+        head.find_vectors(body, &index).map_err(no_product)?;
         Ok(head)
     }
 
