@@ -26,7 +26,7 @@ pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) 
             let operators = operators.into_iter().collect::<Vec<_>>().join(", ");
             written.notes.push(format!(
                 "{file} has operators of ONNX Runtime's own domain com.microsoft ({operators}), of which OpenVINO knows only \
-                 some: load it there before you ship it; `--standard-ops` rewrites those of float models, and int8 has none"
+                 some: load it there before you ship it, or give `--standard-ops`"
             ));
         }
     }

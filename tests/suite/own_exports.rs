@@ -37,7 +37,7 @@ fn exports_of_every_form_are_finetuned_as_floats_and_in_their_own_form() {
         let finetune = |out: &str, how: &str| {
             let arguments = ["finetune", precision, "--variant", suffix, "--recipe", "paper", "--layers", "15", "-q"];
             let more =
-                ["--data", &data, "--turns", "separate", "--samples", "4", "--batch-size", "4", "--max-steps", "1"];
+                ["--data", &data, "--turns", "separate", "--samples", "8", "--batch-size", "4", "--max-steps", "2"];
             let last = ["--accumulation-steps", "1", "--learning-rate", "1e-2", "--write-trained", how, "-o", out];
             interlace(here, &[&arguments[..], &more, &last].concat())
         };

@@ -128,7 +128,7 @@ pub(super) fn run(model: &Model, ids: &[i64]) -> Vec<f32> {
 }
 
 /// The floats of a packed matrix of 4 bits, by the definition of the operators.
-fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32> {
+pub(super) fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32> {
     let packed = constant(model, &format!("{name}_Q4")).bytes();
     let scales = constant(model, &format!("{name}_scales")).to_f64s().expect("scales");
     let named = format!("{name}_zero_points");
@@ -151,7 +151,7 @@ fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32>
     values
 }
 
-fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+pub(super) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns).copied()).collect()
 }
 
@@ -458,4 +458,12 @@ fn the_shipped_model_is_written_for_transformers_js_and_pruned_afterwards_with_t
         ["--json", "eval", "four", "--variant", "q4", "--data", &bench, "--limit", "16", "-q", "-o", "report.json"];
     let report: Json = serde_json::from_str(&done(&eval)).expect("JSON");
     assert_eq!(report["model"]["score"], 1.0);
+    // Layers of different precisions are not equal, so their numbers give no ideal speed-up.
+    for (baseline, ideal) in [("q4", Json::from(1.0)), ("fp32", Json::Null)] {
+        let bench =
+            ["--json", "bench", "four", "--variant", "q4", "--baseline", "four", "--baseline-variant", baseline];
+        let few = ["--prompt-tokens", "8", "--new-tokens", "1", "--rounds", "1", "-q", "-o", "bench.json"];
+        let report: Json = serde_json::from_str(&done(&[&bench[..], &few].concat())).expect("JSON");
+        assert_eq!(report["speedup"]["ideal"], ideal, "{baseline}");
+    }
 }

@@ -171,6 +171,7 @@ impl Done {
     fn of(mut model: Model, constants: FloatConstants, quantised: Vec<QuantisedTensor>) -> Result<Self> {
         model.graph.body.initializers.extend(constants.finish()?);
         remove_dead_code(&mut model.graph.body);
+        give_own_names(&mut model.graph.body);
         crate::rewrite::finish(&mut model)?;
         Ok(Done { model, quantised, kept_operators: Vec::new(), reasons: HashMap::new(), clamped_numbers: 0 })
     }
@@ -179,6 +180,21 @@ impl Done {
 /// Name of a node that takes over a part of another node. Nodes without a name stay so: two parts must not share one.
 fn part_name(node: &str, what: &str) -> String {
     if node.is_empty() { String::new() } else { format!("{node}.{what}") }
+}
+
+/// Renames nodes that were added under a name which the body has already: ONNX Runtime loads no such graph.
+fn give_own_names(body: &mut Body) {
+    let mut taken: HashSet<String> = HashSet::new();
+    for node in &mut body.nodes {
+        let own = node.name.clone();
+        let numbered = (2..).map(|number| format!("{own}.{number}"));
+        if !own.is_empty() {
+            let free = std::iter::once(own.clone()).chain(numbered).find(|name| !taken.contains(name));
+            node.name = free.unwrap_or(own);
+            taken.insert(node.name.clone());
+        }
+        node.bodies_mut().for_each(give_own_names);
+    }
 }
 
 /// The addition of a bias to a product that was part of a `Gemm`.
