@@ -138,10 +138,10 @@ impl RunStore {
     ) -> Result<Finished> {
         let key = key_of(name, inputs, settings)?;
         let path = self.folder.join(output);
-        if let Some(done) = self.state.steps.get(name) {
-            if done.is(&key, &path)? {
-                return Ok(Finished { path, digest: done.digest.clone(), reused: true });
-            }
+        if let Some(done) = self.state.steps.get(name)
+            && done.is(&key, &path)?
+        {
+            return Ok(Finished { path, digest: done.digest.clone(), reused: true });
         }
         self.check_output(name, output)?;
         self.remove_step(name)?;

@@ -30,6 +30,7 @@ mod pictures;
 mod port;
 mod positions;
 mod profile;
+mod pruned_prompt;
 mod sampling;
 mod session;
 mod step;

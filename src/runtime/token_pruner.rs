@@ -1,18 +1,15 @@
 //! Leaves out image tokens between embedding and decoder, by the model's token pruner.
 
 use crate::base::{Error, Result};
-use crate::prompt::Prompt;
 use crate::rewrite::{
     PRUNER_EMBEDS, PRUNER_IMAGE_MASK, PRUNER_KEPT_TOKENS, PRUNER_PICTURE_TOKENS, PRUNER_PIVOT_MASK, token_pruner,
 };
 
 use super::decoder::Decoder;
-use super::features::Features;
 use super::inputs::{Input, InputKind};
 use super::session::{Runtime, Session, SessionOptions};
 use super::step::{Embedded, SideValues};
 use super::tensor::TensorValue;
-use super::vlm::{Vision, VlmSession};
 
 /// The graph of [`crate::rewrite::token_pruner()`], ready to run.
 #[derive(Debug)]
@@ -96,56 +93,6 @@ pub fn check_token_pruning(subject: &str, inputs: &[Input]) -> Result<()> {
     }
 }
 
-impl VlmSession {
-    /// Leaves out image tokens of every prompt from now on, or none with `None`.
-    ///
-    /// Errors: as [`check_token_pruning`]; `Error::Unsupported` for a model without a vision encoder of its own.
-    pub fn set_token_pruner(&mut self, pruner: Option<TokenPruner>) -> Result<()> {
-        if pruner.is_some() {
-            check_token_pruning(self.decoder.session().subject(), self.decoder.inputs())?;
-            if !matches!(self.vision, Some(Vision::Known(_))) {
-                let problem = "it has no vision encoder of its own, so the tokens of each picture are not known";
-                return Err(Error::unsupported("leaving out image tokens of the model", problem)
-                    .remedy("export the vision encoder as a graph of its own"));
-            }
-        }
-        self.pruner = pruner;
-        Ok(())
-    }
-
-    /// Takes the token pruner and gives the one before.
-    ///
-    /// Errors: as [`VlmSession::set_token_pruner`].
-    pub fn replace_token_pruner(&mut self, pruner: Option<TokenPruner>) -> Result<Option<TokenPruner>> {
-        let before = self.pruner.take();
-        self.set_token_pruner(pruner)?;
-        Ok(before)
-    }
-
-    /// The embedded prompt without the image tokens that the token pruner leaves out.
-    ///
-    /// Errors: as [`TokenPruner::kept`]; `Error::Unsupported` for ready tensors with image tokens.
-    pub(super) fn without_pruned(
-        &mut self,
-        embedded: Embedded,
-        prompt: &Prompt,
-        features: &[std::sync::Arc<Features>],
-    ) -> Result<Embedded> {
-        let Some(pruner) = &mut self.pruner else { return Ok(embedded) };
-        if !embedded.side.image.contains(&true) {
-            return Ok(embedded);
-        }
-        if let Some(given) = &prompt.given {
-            let problem = "has image tokens and does not show which ones belong to which picture";
-            return Err(Error::unsupported(&given.batch.subject, problem)
-                .remedy("give conversations with pictures, or remove `token_pruner.onnx` from the model"));
-        }
-        let counts: Vec<usize> = features.iter().map(|item| item.tokens()).collect();
-        let kept = pruner.kept(&embedded, prompt.question.unwrap_or(embedded.len()), &counts)?;
-        Ok(embedded.only(kept))
-    }
-}
-
 impl Embedded {
     /// Of values for each token of the whole prompt, those of the tokens that are here.
     pub fn of_kept<T: Copy>(&self, values: &[T]) -> Vec<T> {
@@ -156,7 +103,7 @@ impl Embedded {
     }
 
     /// The tokens at these ascending positions, each with its place in the whole prompt.
-    fn only(self, kept: Vec<usize>) -> Embedded {
+    pub(super) fn only(self, kept: Vec<usize>) -> Embedded {
         let time = self.len();
         let rows = |data: &[f32]| {
             let width = data.len().checked_div(time).unwrap_or(0);
