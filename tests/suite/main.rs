@@ -3,6 +3,7 @@
 mod answer_graph;
 mod backend;
 mod bad_inputs;
+mod buffers;
 mod checkpoints;
 mod cli;
 mod compensation;
