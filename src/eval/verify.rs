@@ -9,7 +9,7 @@ use crate::base::{
 };
 use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
-use crate::ir::{self, Model};
+use crate::ir::{self, Model, large_constants};
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
     TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
@@ -83,14 +83,8 @@ pub fn verify(
 
 /// Checks that no initializer of a graph has more than `limit` bytes.
 fn buffers(bundle: &Bundle, part: &Component, limit: u64, checks: &mut Checks) -> Result<()> {
-    let graph = onnx::load(&bundle.path_of(part))?.graph;
-    let large: Vec<String> = graph
-        .body
-        .initializers
-        .iter()
-        .filter(|(_, tensor)| tensor.byte_len() > limit)
-        .map(|(id, tensor)| format!("`{}` {}", graph.name(*id), human_bytes(tensor.byte_len())))
-        .collect();
+    let large = large_constants(&onnx::load(&bundle.path_of(part))?, limit);
+    let large: Vec<String> = large.iter().map(|(name, size)| format!("{name} {}", human_bytes(*size))).collect();
     let limit = human_bytes(limit);
     let (status, detail) = match large.is_empty() {
         true => (CheckStatus::Passed, format!("no initializer is larger than {limit}")),

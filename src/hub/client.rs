@@ -2,14 +2,17 @@
 //!
 //! Source: `huggingface_hub`'s `HfApi.model_info` and `hf_hub_download`, which ask the same addresses.
 
-use std::time::Duration;
+use std::io::Read;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
 use crate::base::{Cancel, Error, Result, http_agent};
 
+use super::download::KEPT;
 use super::environment::Environment;
 use super::name::HubName;
 use super::tree::Tree;
@@ -17,7 +20,11 @@ use super::tree::Tree;
 /// Number of attempts before a server counts as out of reach.
 pub(super) const ATTEMPTS: u32 = 5;
 /// Limit on the hub's answer about a model, in bytes.
-const ANSWER_BYTES: u64 = 64 << 20;
+const ANSWER_BYTES: u64 = 32 << 20;
+/// Limit on the time of the hub's answer about a model, and on the time until a file begins to arrive.
+const ANSWER_TIME: Duration = Duration::from_secs(120);
+/// Longest pause that a server may ask for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Limit on the number of redirects.
 const REDIRECTS: usize = 5;
 /// A connection on which nothing arrives for this long is given up.
@@ -27,6 +34,8 @@ const SILENCE: Duration = Duration::from_secs(20);
 pub(super) enum Failure {
     /// The server cannot be reached, or fails; another attempt may succeed.
     Passing(String),
+    /// The server asks for a pause before the next attempt.
+    Busy(String, Duration),
     Final(Error),
 }
 
@@ -37,11 +46,35 @@ impl From<Error> for Failure {
 }
 
 /// A client of the hub.
+#[derive(Clone)]
 pub(super) struct Client {
     agent: Agent,
     environment: Environment,
     /// Pause before the second attempt; doubled each time.
     pause: Duration,
+}
+
+/// Does the work in a thread, which is left behind when the user asks to stop or the work is over its time.
+///
+/// Errors: `Error::Interrupted`; `Failure::Passing` after `limit`.
+fn awaited<T: Send + 'static>(
+    cancel: &Cancel,
+    limit: Duration,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let (finished, is_finished) = channel();
+    let begun = Instant::now();
+    thread::spawn(move || drop(finished.send(work())));
+    loop {
+        match is_finished.recv_timeout(Duration::from_millis(50)) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Passing("the request failed".to_string())),
+            Err(RecvTimeoutError::Timeout) => cancel.check(KEPT)?,
+        }
+        if begun.elapsed() > limit {
+            return Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64())));
+        }
+    }
 }
 
 /// Scheme, host and port of an address, in lower case.
@@ -81,15 +114,15 @@ impl Client {
         Ok(Client { agent, environment: environment.clone(), pause: Duration::from_secs(1) })
     }
 
-    /// Waits before attempt `number`, counted from 1.
+    /// Waits before attempt `number`, counted from 1, and for at least as long as the server asked.
     ///
     /// Errors: `Error::Interrupted`.
-    pub fn wait(&self, number: u32, cancel: &Cancel) -> Result<()> {
-        let mut left = self.pause * 2u32.pow(number.saturating_sub(1));
+    pub fn wait(&self, number: u32, asked: Duration, cancel: &Cancel) -> Result<()> {
+        let mut left = asked.max(self.pause * 2u32.pow(number.saturating_sub(1)));
         let step = Duration::from_millis(100);
         while !left.is_zero() {
-            cancel.check(super::download::KEPT)?;
-            std::thread::sleep(left.min(step));
+            cancel.check(KEPT)?;
+            thread::sleep(left.min(step));
             left = left.saturating_sub(step);
         }
         Ok(())
@@ -97,29 +130,46 @@ impl Client {
 
     /// The files of the name's revision.
     ///
-    /// Errors: `Failure::Passing` when the server cannot be reached or fails, `Failure::Final` when it refuses, or its answer is
-    /// no list of files.
-    pub fn tree(&self, name: &HubName) -> Result<Tree, Failure> {
+    /// Errors: `Failure::Passing` and `Failure::Busy` when the server cannot be reached, fails or takes longer than two minutes,
+    /// `Failure::Final` when it refuses, when its answer is no list of files or longer than 32 MiB, and for
+    /// `Error::Interrupted`.
+    pub fn tree(&self, name: &HubName, cancel: &Cancel) -> Result<Tree, Failure> {
+        let (client, name) = (self.clone(), name.clone());
+        awaited(cancel, ANSWER_TIME, move || client.listing(&name))
+    }
+
+    fn listing(&self, name: &HubName) -> Result<Tree, Failure> {
         let (repository, revision) = (name.repository(), encoded(name.revision(), ""));
         let url = format!("{}/api/models/{repository}/revision/{revision}?blobs=true", self.environment.endpoint);
         let mut response = self.get(&url, 0, name, None)?;
-        let text = response.body_mut().with_config().limit(ANSWER_BYTES).read_to_string();
-        let text = text.map_err(|error| Failure::Passing(error.to_string()))?;
         let strange = |problem: String| {
             let subject = format!("`{name}`: the answer of `{}`", self.environment.endpoint);
             Error::invalid(subject, problem).remedy("check HF_ENDPOINT; expected a server with the hub's API")
         };
-        let answer: Value = serde_json::from_str(&text).map_err(|e| strange(format!("is not JSON: {e}")))?;
+        let mut answer = Vec::new();
+        let read = response.body_mut().as_reader().take(ANSWER_BYTES + 1).read_to_end(&mut answer);
+        read.map_err(|error| Failure::Passing(error.to_string()))?;
+        if answer.len() as u64 > ANSWER_BYTES {
+            return Err(strange(format!("is longer than {} MiB", ANSWER_BYTES >> 20)).into());
+        }
         Ok(Tree::from_answer(&answer).map_err(strange)?)
     }
 
     /// A file's content from byte `from` on.
     ///
     /// Errors: as [`Client::tree`].
-    pub fn file(&self, name: &HubName, commit: &str, path: &str, from: u64) -> Result<Response<Body>, Failure> {
+    pub fn file(
+        &self,
+        name: &HubName,
+        commit: &str,
+        path: &str,
+        from: u64,
+        cancel: &Cancel,
+    ) -> Result<Response<Body>, Failure> {
         let (repository, file) = (name.repository(), encoded(path, "/"));
         let url = format!("{}/{repository}/resolve/{commit}/{file}", self.environment.endpoint);
-        self.get(&url, from, name, Some(path))
+        let (client, name, path) = (self.clone(), name.clone(), path.to_string());
+        awaited(cancel, ANSWER_TIME, move || client.get(&url, from, &name, Some(&path)))
     }
 
     /// Follows redirects. The token goes to the hub's own address alone.
@@ -185,7 +235,12 @@ impl Client {
             }
             false => "put a token that may read it into HF_TOKEN, or run `hf auth login`; no token was found",
         };
+        let encoding = header("content-encoding");
         match (status, code) {
+            (200 | 206, _) if !["", "identity"].contains(&encoding) => refused(
+                &format!("is sent in the encoding `{}`, which was not asked for", encoding.escape_debug()),
+                "check HF_ENDPOINT and the proxy; expected a server that sends files as they are".to_string(),
+            ),
             (200 | 206, _) => Ok(response),
             // Asked for a range behind the end: the part that is here is not of this file.
             (416, _) => Ok(response),
@@ -205,7 +260,15 @@ impl Client {
                 refused("is not there", format!("check the name at {address}; if it is private, {token}"))
             }
             (408 | 429 | 500.., _) => {
-                Err(Failure::Passing(format!("status {status} from `{}`", self.environment.endpoint)))
+                let problem = format!("status {status} from `{}`", self.environment.endpoint);
+                match header("retry-after").parse().map(Duration::from_secs) {
+                    Err(_) => Err(Failure::Passing(problem)),
+                    Ok(pause) if pause <= LONGEST_PAUSE => Err(Failure::Busy(problem, pause)),
+                    Ok(pause) => refused(
+                        &format!("is not given now: `{}` asks for a pause", self.environment.endpoint),
+                        format!("run the command again in {} s", pause.as_secs()),
+                    ),
+                }
             }
             _ => refused("was refused", "check HF_ENDPOINT; expected a server with the hub's API".to_string()),
         }
@@ -215,6 +278,23 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_ends_on_request_and_after_its_limit() {
+        let endless = || -> Result<(), Failure> {
+            thread::sleep(Duration::from_secs(3600));
+            Ok(())
+        };
+        let cancel = Cancel::default();
+        let begun = Instant::now();
+        let late = awaited(&cancel, Duration::from_millis(100), endless);
+        assert!(matches!(late, Err(Failure::Passing(problem)) if problem.contains("longer than 0.1 s")));
+        cancel.request();
+        let stopped = awaited(&cancel, Duration::from_secs(3600), endless);
+        assert!(matches!(stopped, Err(Failure::Final(Error::Interrupted { .. }))));
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(matches!(awaited(&cancel, Duration::from_secs(3600), || Ok(3)), Ok(3)));
+    }
 
     #[test]
     fn redirects_stay_secure_and_the_hub_is_known_by_its_whole_address() {

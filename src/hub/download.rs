@@ -165,6 +165,7 @@ impl Download<'_> {
         self.progress.advance(part.length);
         // Attempts count from the last one that came further than all before it.
         let (mut failures, mut furthest, mut problem) = (0, part.length, String::new());
+        let mut pause = Duration::ZERO;
         while part.length < self.file.size {
             if failures == ATTEMPTS {
                 let subject = format!("`{}`: file `{}`", self.name, self.file.path);
@@ -172,11 +173,13 @@ impl Download<'_> {
                     .remedy("check the network and HF_ENDPOINT; the same command continues the download"));
             }
             if failures > 0 {
-                self.client.wait(failures, self.cancel)?;
+                self.client.wait(failures, pause, self.cancel)?;
             }
+            pause = Duration::ZERO;
             match self.receive(&mut part) {
                 Ok(()) => problem = "the connection ended early".to_string(),
                 Err(Failure::Passing(what)) => problem = what,
+                Err(Failure::Busy(what, asked)) => (problem, pause) = (what, asked),
                 Err(Failure::Final(error)) => return Err(error),
             }
             failures = if part.length > furthest { 1 } else { failures + 1 };
@@ -187,7 +190,7 @@ impl Download<'_> {
 
     /// Receives the rest of the file, or a part of it.
     fn receive(&self, part: &mut Part) -> Result<(), Failure> {
-        let mut response = self.client.file(self.name, self.commit, &self.file.path, part.length)?;
+        let mut response = self.client.file(self.name, self.commit, &self.file.path, part.length, self.cancel)?;
         self.place(part, &response)?;
         let mut reader = response.body_mut().as_reader();
         let mut buffer = vec![0; PIECE];

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::base::{Cancel, Error, Progress, Result, free_disk_bytes, human_bytes, list_preview, notice};
 
@@ -69,8 +70,12 @@ impl Repository {
         }
         let problem =
             format!("is not in the cache `{}`, and the hub cannot be asked: {problem}", cache.root().display());
+        let first = match environment.offline {
+            true => "unset HF_HUB_OFFLINE",
+            false => "check the network and HF_ENDPOINT",
+        };
         Err(Error::invalid(format!("`{name}`"), problem)
-            .remedy("unset HF_HUB_OFFLINE and check the network, or set HF_HOME to the cache that has it"))
+            .remedy(format!("{first}, or set HF_HOME to the folder whose cache has it")))
     }
 
     /// `hf:OWNER/NAME@COMMIT`.
@@ -153,16 +158,17 @@ impl Repository {
 
 /// Asks the hub for the files. `Ok(Err(problem))` when it is out of reach.
 fn ask(client: &Client, name: &HubName, cancel: &Cancel) -> Result<Result<Tree, String>> {
-    let mut problem = String::new();
+    let (mut problem, mut pause) = (String::new(), Duration::ZERO);
     // A name that cannot be resolved or a port that is closed fails at once, so few attempts are enough.
     for attempt in 0..ATTEMPTS.min(3) {
         if attempt > 0 {
-            client.wait(attempt, cancel)?;
+            client.wait(attempt, pause, cancel)?;
         }
-        match client.tree(name) {
+        match client.tree(name, cancel) {
             Ok(tree) => return Ok(Ok(tree)),
             Err(Failure::Final(error)) => return Err(error),
-            Err(Failure::Passing(what)) => problem = what,
+            Err(Failure::Passing(what)) => (problem, pause) = (what, Duration::ZERO),
+            Err(Failure::Busy(what, asked)) => (problem, pause) = (what, asked),
         }
     }
     Ok(Err(problem))

@@ -6,12 +6,16 @@
 mod attribute;
 mod check;
 mod index;
+mod large;
+mod names;
 mod tensor;
 mod types;
 
 pub use attribute::{Attribute, AttributeKind};
 pub use check::check;
 pub use index::{GraphIndex, Producer, Use, captured};
+pub use large::large_constants;
+pub use names::FreshNames;
 pub use tensor::{Bytes, Tensor, TensorData};
 pub use types::{DataType, Dim, Opaque, ValueId, ValueType};
 
@@ -173,14 +177,7 @@ impl Graph {
 
     /// A name based on `stem` that is not yet in the arena.
     pub fn fresh_name(&self, stem: &str) -> String {
-        let taken: std::collections::HashSet<&str> = self.values.iter().map(|value| value.name.as_str()).collect();
-        let mut name = stem.to_string();
-        let mut count = 0;
-        while taken.contains(name.as_str()) {
-            count += 1;
-            name = format!("{stem}_{count}");
-        }
-        name
+        FreshNames::of(self).fresh(stem)
     }
 }
 

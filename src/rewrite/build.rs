@@ -1,6 +1,6 @@
 //! Adds nodes and constants to a model's top-level body.
 
-use crate::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId, ValueType};
+use crate::ir::{Attribute, AttributeKind, FreshNames, Model, Node, Tensor, Value, ValueId, ValueType};
 
 /// Prefix of the names of inputs and outputs that a rewrite adds.
 pub const ADDED_PREFIX: &str = "interlace.";
@@ -9,11 +9,13 @@ pub const ADDED_PREFIX: &str = "interlace.";
 pub struct Builder<'a> {
     pub model: &'a mut Model,
     stem: &'static str,
+    names: FreshNames,
 }
 
 impl<'a> Builder<'a> {
     pub fn new(model: &'a mut Model, stem: &'static str) -> Self {
-        Builder { model, stem }
+        let names = FreshNames::of(&model.graph);
+        Builder { model, stem, names }
     }
 
     /// Version of the default operator set.
@@ -24,7 +26,7 @@ impl<'a> Builder<'a> {
     /// Adds a value without a type.
     pub fn value(&mut self) -> ValueId {
         let graph = &mut self.model.graph;
-        let name = format!("{ADDED_PREFIX}{}.{}", self.stem, graph.values.len());
+        let name = self.names.fresh(&format!("{ADDED_PREFIX}{}.{}", self.stem, graph.values.len()));
         graph.add_value(Value { name, ..Value::default() })
     }
 
@@ -45,7 +47,7 @@ impl<'a> Builder<'a> {
 
     /// Adds an initializer.
     pub fn constant(&mut self, name: &str, tensor: Tensor) -> ValueId {
-        let name = format!("{ADDED_PREFIX}{}.{name}", self.stem);
+        let name = self.names.fresh(&format!("{ADDED_PREFIX}{}.{name}", self.stem));
         let id = self.model.graph.add_value(Value { name, ..Value::default() });
         self.model.graph.body.initializers.push((id, tensor));
         id

@@ -6,13 +6,19 @@
 use std::collections::HashSet;
 
 use crate::base::{Error, Result, human_bytes};
-use crate::ir::{Attribute, AttributeKind, Body, GraphIndex, Model, Node, Tensor, Value, ValueId, captured};
+use crate::ir::{
+    Attribute, AttributeKind, Body, DataType, GraphIndex, Model, Node, Tensor, ValueId, captured, check,
+    large_constants,
+};
 
-use super::build::{ADDED_PREFIX, Builder, operator};
+use super::build::{Builder, operator};
 use super::tidy::sort_nodes;
 
 /// First operator set in which a lookup can be split: `Unsqueeze` takes its axes as an input.
 const OPSET: i64 = 13;
+/// Largest number of parts of one initializer. A product or lookup has some nodes for each part.
+const MAX_PARTS: u64 = 1024;
+const REMEDY: &str = "allow a larger `--max-buffer`, or export a smaller precision";
 
 /// How a node reads a weight.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,31 +40,60 @@ impl Reader {
     }
 }
 
-/// The model with every initializer of more than `limit` bytes in parts, and the names of these initializers.
+/// The model with every initializer of more than `limit` bytes in parts, and the names of these initializers. A weight
+/// in a `Constant` node of the graph counts as one.
 ///
-/// Errors: `Error::Unsupported` naming an initializer of more than `limit` bytes that cannot be split; `Error::Invalid`
-/// for a limit below a row.
+/// A lookup of an id outside `-rows..rows` stays an error of the runtime, and a negative id counts from the end.
+///
+/// Errors: `Error::Unsupported` naming a constant of more than `limit` bytes that cannot be split or would have more than
+/// 1024 parts; `Error::Invalid` for a limit below a row.
 pub fn split_buffers(model: &Model, limit: u64) -> Result<(Model, Vec<String>)> {
-    let large: Vec<ValueId> = model
-        .graph
-        .body
-        .initializers
-        .iter()
-        .filter(|(_, tensor)| tensor.byte_len() > limit)
-        .map(|(id, _)| *id)
-        .collect();
     let mut split = model.clone();
-    let mut names = Vec::new();
-    for id in large {
+    constants_as_initializers(&mut split.graph.body, limit);
+    let initializers = &split.graph.body.initializers;
+    let large: Vec<ValueId> =
+        initializers.iter().filter(|(_, tensor)| tensor.byte_len() > limit).map(|(id, _)| *id).collect();
+    for &id in &large {
+        for weight in packed_weights_of(&split.graph.body, id) {
+            split_one(&mut split, weight, limit)?;
+        }
         split_one(&mut split, id, limit)?;
-        names.push(model.graph.name(id).to_string());
     }
-    if !names.is_empty() {
+    if let Some((constant, size)) = large_constants(&split, limit).into_iter().next() {
+        let problem = format!("has {}, more than {}, and cannot be split there", human_bytes(size), human_bytes(limit));
+        return Err(Error::unsupported(constant, problem).remedy(REMEDY));
+    }
+    if !large.is_empty() {
         sort_nodes(&mut split.graph)?;
+        check(&split)?;
     }
-    Ok((split, names))
+    Ok((split, large.into_iter().map(|id| model.graph.name(id).to_string()).collect()))
 }
 
+/// Turns each `Constant` node with a tensor of more than `limit` bytes into an initializer.
+fn constants_as_initializers(body: &mut Body, limit: u64) {
+    let Body { nodes, initializers, .. } = body;
+    nodes.retain(|node| {
+        let constant = node.domain.is_empty() && node.op_type == "Constant";
+        let tensor = node.attribute("value").and_then(Attribute::as_tensor).filter(|_| constant);
+        match (tensor.filter(|tensor| tensor.byte_len() > limit), node.present_outputs().next()) {
+            (Some(tensor), Some(output)) => {
+                initializers.push((output, tensor.clone()));
+                false
+            }
+            _ => true,
+        }
+    });
+}
+
+/// Packed weights of the `MatMulNBits` whose scales, zero points or bias an initializer is: they are cut with the weight.
+fn packed_weights_of(body: &Body, id: ValueId) -> Vec<ValueId> {
+    let packed = body.nodes.iter().filter(|node| node.domain == "com.microsoft" && node.op_type == "MatMulNBits");
+    let beside = packed.filter(|node| node.inputs.iter().skip(2).any(|input| *input == Some(id)));
+    beside.filter_map(|node| node.inputs.get(1).copied().flatten()).collect()
+}
+
+/// Splits one initializer; does nothing where it is split already.
 fn split_one(model: &mut Model, id: ValueId, limit: u64) -> Result<()> {
     let name = model.graph.name(id).to_string();
     let Some(tensor) = model.graph.body.initializer(id).cloned() else { return Ok(()) };
@@ -66,11 +101,11 @@ fn split_one(model: &mut Model, id: ValueId, limit: u64) -> Result<()> {
     let refused = |problem: &str| {
         Error::unsupported(
             format!("initializer `{name}`"),
-            format!("has {size}, more than {}, and {problem}", human_bytes(limit)),
+            format!("has {size}, with a limit of {}, and {problem}", human_bytes(limit)),
         )
-        .remedy("allow a larger `--max-buffer`, or export a smaller precision")
+        .remedy(REMEDY)
     };
-    let readers = readers(&model.graph.body, id).map_err(|problem| refused(&problem))?;
+    let readers = readers(&model.graph.body, id, &tensor).map_err(|problem| refused(&problem))?;
     let Some(axis) = readers.first().map(|reader| reader.axis()) else {
         return Err(refused("nothing reads it"));
     };
@@ -83,24 +118,28 @@ fn split_one(model: &mut Model, id: ValueId, limit: u64) -> Result<()> {
         return Err(refused(&problem).remedy(format!("raise it with `--opset {OPSET}`")));
     }
     let rows = tensor.dims.get(axis).copied().unwrap_or(1);
-    let row_bytes = tensor.byte_len() / rows.max(1);
+    let row_bytes = row_bytes(&model.graph.body, &readers, tensor.byte_len().div_ceil(rows.max(1)), rows);
     let step = limit / row_bytes.max(1);
     if step == 0 {
         let problem = format!("is below a row of `{name}`, {}", human_bytes(row_bytes));
         return Err(Error::invalid("`--max-buffer`", problem).remedy("allow at least one row"));
     }
+    if rows.div_ceil(step) > MAX_PARTS {
+        let least = rows.div_ceil(MAX_PARTS).saturating_mul(row_bytes);
+        let problem = format!("would have {} parts, more than {MAX_PARTS}", rows.div_ceil(step));
+        return Err(refused(&problem).remedy(format!("allow at least {least} bytes with `--max-buffer`")));
+    }
     let counts: Vec<u64> = (0..rows).step_by(step as usize).map(|from| step.min(rows - from)).collect();
     let mut gone = HashSet::new();
     let mut build = Builder::new(model, "split");
-    let parts = cut(&tensor, axis, &counts);
-    let parts: Vec<ValueId> = parts
+    let parts: Vec<ValueId> = cut(&tensor, axis, &counts)
         .into_iter()
         .enumerate()
-        .map(|(number, part)| constant(&mut build, &format!("{name}.{number}"), part))
+        .map(|(number, part)| build.constant(&format!("{name}.{number}"), part))
         .collect();
     for reader in readers {
         match reader {
-            Reader::Gather(node) => split_gather(&mut build, node, &parts, &counts),
+            Reader::Gather(node) => split_gather(&mut build, node, &parts, &counts, tensor.dtype),
             Reader::Product(node) => split_product(&mut build, node, &parts, false),
             Reader::Transposed { product, .. } => split_product(&mut build, product, &parts, true),
             Reader::Packed(node) => {
@@ -125,12 +164,37 @@ fn split_one(model: &mut Model, id: ValueId, limit: u64) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of a row of a weight or, where they are more, of the scales, zero points or bias that are cut with it.
+fn row_bytes(body: &Body, readers: &[Reader], own: u64, rows: u64) -> u64 {
+    let packed = readers.iter().filter_map(|reader| match reader {
+        Reader::Packed(node) => Some(&body.nodes[*node]),
+        _ => None,
+    });
+    let beside = packed.flat_map(|node| node.inputs.iter().skip(2).flatten());
+    beside.filter_map(|&id| body.initializer(id)).map(|tensor| tensor.byte_len() / rows.max(1)).fold(own, u64::max)
+}
+
+/// The type in which rows of a table are chosen: ONNX Runtime's `Where` has no kernel for every type that its `Gather`
+/// has one for.
+fn chosen_as(dtype: DataType) -> Option<DataType> {
+    Some(match dtype {
+        DataType::Float | DataType::Float16 | DataType::Double => dtype,
+        DataType::Int32 | DataType::Int64 | DataType::Uint8 => dtype,
+        DataType::Bfloat16 => DataType::Float,
+        DataType::Bool => DataType::Uint8,
+        DataType::Int8 | DataType::Int16 | DataType::Uint16 => DataType::Int32,
+        DataType::Uint32 => DataType::Int64,
+        _ => return None,
+    })
+}
+
 /// All readers of a weight; the text says why one of them does not allow a split.
-fn readers(body: &Body, id: ValueId) -> std::result::Result<Vec<Reader>, String> {
+fn readers(body: &Body, id: ValueId, tensor: &Tensor) -> std::result::Result<Vec<Reader>, String> {
     if body.inputs.contains(&id) || body.outputs.contains(&id) {
         return Err("is an input or output of the graph".into());
     }
-    if body.nodes.iter().flat_map(Node::bodies).any(|inner| captured(inner).contains(&id)) {
+    let in_bodies: HashSet<ValueId> = body.nodes.iter().flat_map(Node::bodies).flat_map(captured).collect();
+    if in_bodies.contains(&id) {
         return Err("a body inside a node reads it".into());
     }
     let index = GraphIndex::of_body(body);
@@ -138,21 +202,36 @@ fn readers(body: &Body, id: ValueId) -> std::result::Result<Vec<Reader>, String>
     let readers_of = |id: ValueId| {
         body.nodes.iter().enumerate().filter(move |(_, node)| node.present_inputs().any(|input| input == id))
     };
+    let matrix = tensor.dims.len() == 2;
     for (number, node) in readers_of(id) {
-        let input = node.inputs.iter().position(|input| *input == Some(id)).unwrap_or(0);
+        let own: Vec<usize> = (0..node.inputs.len()).filter(|&at| node.inputs[at] == Some(id)).collect();
         let int = |name: &str, default: i64| node.attribute(name).and_then(Attribute::as_int).unwrap_or(default);
-        match (node.domain.as_str(), node.op_type.as_str(), input) {
-            ("", "Gather", 0) if int("axis", 0) == 0 => found.push(Reader::Gather(number)),
-            ("", "MatMul", 1) => found.push(Reader::Product(number)),
-            ("com.microsoft", "MatMulNBits", 1) => found.push(Reader::Packed(number)),
-            ("", "Transpose", 0) => {
+        match (node.domain.as_str(), node.op_type.as_str(), &own[..]) {
+            ("", "Gather" | "Transpose", [0]) | ("", "MatMul", [1]) if !matrix => {
+                let rank = tensor.dims.len();
+                return Err(format!("`{}` ({}) reads it with {rank} axes instead of 2", node.name, node.op_type));
+            }
+            ("", "Gather", [0]) if [0, -2].contains(&int("axis", 0)) => match chosen_as(tensor.dtype) {
+                Some(_) => found.push(Reader::Gather(number)),
+                None => return Err(format!("rows of {} cannot be chosen from parts", tensor.dtype)),
+            },
+            ("", "MatMul", [1]) => found.push(Reader::Product(number)),
+            ("com.microsoft", "MatMulNBits", [1]) => match (tensor.dims.first(), tensor.dims.len()) {
+                (Some(&rows), 2..) if u64::try_from(int("N", 0)) == Ok(rows) => found.push(Reader::Packed(number)),
+                _ => {
+                    let shape = &tensor.dims;
+                    return Err(format!("`{}` (MatMulNBits) has N {} for the shape {shape:?}", node.name, int("N", 0)));
+                }
+            },
+            ("", "Transpose", [0]) => {
                 let perm = node.attribute("perm").and_then(Attribute::as_ints);
-                let turned = node.present_outputs().next().filter(|&out| index.output_position(out).is_none());
+                let turned = node.present_outputs().next();
+                let turned = turned.filter(|out| index.output_position(*out).is_none() && !in_bodies.contains(out));
                 let all: Vec<usize> = turned.into_iter().flat_map(readers_of).map(|(number, _)| number).collect();
                 let product = |&number: &usize| {
                     let node = &body.nodes[number];
                     (node.domain.as_str(), node.op_type.as_str()) == ("", "MatMul")
-                        && node.inputs.get(1).copied().flatten() == turned
+                        && node.inputs.first().copied().flatten() != turned
                 };
                 match all[..] {
                     [only] if product(&only) && perm.is_none_or(|perm| perm == [1, 0]) => {
@@ -189,15 +268,6 @@ fn cut(tensor: &Tensor, axis: usize, counts: &[u64]) -> Vec<Tensor> {
     parts
 }
 
-/// An initializer with a name that no other value has.
-fn constant(build: &mut Builder<'_>, name: &str, tensor: Tensor) -> ValueId {
-    let graph = &mut build.model.graph;
-    let name = graph.fresh_name(&format!("{ADDED_PREFIX}{name}"));
-    let id = graph.add_value(Value { name, ..Value::default() });
-    graph.body.initializers.push((id, tensor));
-    id
-}
-
 fn split_product(build: &mut Builder<'_>, node: usize, parts: &[ValueId], transposed: bool) {
     let node = build.model.graph.body.nodes[node].clone();
     let [Some(left), _] = node.inputs[..] else { return };
@@ -219,36 +289,54 @@ fn concatenate(build: &mut Builder<'_>, node: &Node, products: &[ValueId]) {
     build.model.graph.body.nodes.push(Node { name: node.name.clone(), ..whole });
 }
 
-/// A lookup of ids that are not negative.
-fn split_gather(build: &mut Builder<'_>, node: usize, parts: &[ValueId], counts: &[u64]) {
+/// A lookup of ids in `-rows..rows`. Another id is behind the last row of the last part, where the lookup fails.
+fn split_gather(build: &mut Builder<'_>, node: usize, parts: &[ValueId], counts: &[u64], dtype: DataType) {
     let node = build.model.graph.body.nodes[node].clone();
     let ([_, Some(ids)], Some(output)) = (&node.inputs[..], node.present_outputs().next()) else { return };
-    let ids = build.node("Cast", &[*ids], &[("to", AttributeKind::Int(crate::ir::DataType::Int64 as i64))]);
-    let zero = constant(build, "zero", Tensor::from_i64(&[], &[0]));
-    let last_axis = constant(build, "last_axis", Tensor::from_i64(&[1], &[-1]));
+    let cast = |to: DataType| [("to", AttributeKind::Int(to as i64))];
+    let via = chosen_as(dtype).unwrap_or(dtype);
+    let zero = build.constant("zero", Tensor::from_i64(&[], &[0]));
+    let last_axis = build.constant("last_axis", Tensor::from_i64(&[1], &[-1]));
+    let all = build.constant("rows", Tensor::from_i64(&[], &[counts.iter().sum::<u64>() as i64]));
+    let ids = build.node("Cast", &[*ids], &cast(DataType::Int64));
+    let negative = build.node("Less", &[ids, zero], &[]);
+    let from_end = build.node("Add", &[ids, all], &[]);
+    let row = build.node("Where", &[negative, from_end, ids], &[]);
+    let before_first = build.node("Less", &[row, zero], &[]);
+    let row = build.node("Where", &[before_first, all, row], &[]);
     let mut rows = None;
     let mut from = 0;
     for (number, (&part, &count)) in parts.iter().zip(counts).enumerate() {
-        let start = constant(build, "start", Tensor::from_i64(&[], &[from]));
-        let last = constant(build, "last", Tensor::from_i64(&[], &[count as i64 - 1]));
-        let own = build.node("Sub", &[ids, start], &[]);
-        let inside = build.node("Clip", &[own, zero, last], &[]);
-        let found = build.node("Gather", &[part, inside], &[]);
+        let start = build.constant(&format!("start.{number}"), Tensor::from_i64(&[], &[from]));
+        let own = build.node("Sub", &[row, start], &[]);
+        let inside = match number + 1 == parts.len() {
+            true => build.node("Max", &[own, zero], &[]),
+            false => {
+                let last = build.constant(&format!("last.{number}"), Tensor::from_i64(&[], &[count as i64 - 1]));
+                build.node("Clip", &[own, zero, last], &[])
+            }
+        };
+        let mut found = build.node("Gather", &[part, inside], &[]);
+        if via != dtype {
+            found = build.node("Cast", &[found], &cast(via));
+        }
         // The parts are in order: an id belongs to the last part that does not begin behind it.
         rows = Some(match rows {
             None => found,
             Some(before) => {
                 let here = build.node("GreaterOrEqual", &[own, zero], &[]);
                 let here = build.node("Unsqueeze", &[here, last_axis], &[]);
-                if number + 1 == parts.len() {
-                    let chosen = operator("Where", &[here, found, before], output, &[]);
-                    build.model.graph.body.nodes.push(Node { name: node.name.clone(), ..chosen });
-                    return;
-                }
                 build.node("Where", &[here, found, before], &[])
             }
         });
         from += count as i64;
+    }
+    if let Some(rows) = rows.filter(|_| via != dtype) {
+        build.node("Cast", &[rows], &cast(dtype));
+    }
+    if let Some(whole) = build.model.graph.body.nodes.last_mut() {
+        whole.outputs = vec![Some(output)];
+        whole.name = node.name;
     }
 }
 
@@ -281,7 +369,7 @@ fn split_packed(
         });
         let pieces: Vec<Tensor> = pieces.collect();
         let pieces: Vec<ValueId> =
-            pieces.into_iter().map(|piece| constant(build, &format!("beside.{place}"), piece)).collect();
+            pieces.into_iter().map(|piece| build.constant(&format!("beside.{place}"), piece)).collect();
         beside.push((place, pieces));
     }
     let mut products = Vec::with_capacity(parts.len());

@@ -8,6 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sha2::Digest;
@@ -52,6 +53,12 @@ struct Conduct {
     lists: Option<&'static str>,
     /// Lists the data file with this size.
     size: Option<u64>,
+    /// Answers with these bytes instead of the list of files.
+    answers: Option<Vec<u8>>,
+    /// Answers with these bytes instead of each file.
+    gives: Option<Vec<u8>>,
+    /// Sends a byte of the list of files each 100 ms.
+    drips: bool,
 }
 
 type Log = Arc<Mutex<Vec<String>>>;
@@ -108,10 +115,20 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<String, Vec<u8>>, conduct: &Co
         drop(stream.write_all(head(401, "x-error-code: RepoNotFound\r\n", 0).as_bytes()));
         return;
     }
-    let reply = match path.split_once("/revision/") {
-        Some((_, revision)) => listing(revision, files, conduct),
-        None => content(path, range.as_deref(), first, files, conduct),
+    let reply = match (path.split_once("/revision/"), &conduct.answers, &conduct.gives) {
+        (Some(_), Some(bytes), _) | (None, _, Some(bytes)) => bytes.clone(),
+        (Some((_, revision)), ..) => listing(revision, files, conduct),
+        (None, ..) => content(path, range.as_deref(), first, files, conduct),
     };
+    if conduct.drips {
+        for byte in reply {
+            if stream.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        return;
+    }
     // The other side may have ended.
     drop(stream.write_all(&reply));
 }
@@ -191,13 +208,17 @@ fn model() -> BTreeMap<String, Vec<u8>> {
 
 /// Runs the command with a cache of its own.
 fn run(home: &Path, endpoint: &str, more: &[(&str, &str)], arguments: &[&str]) -> Output {
+    command(home, endpoint, more, arguments).output().expect("the binary starts")
+}
+
+fn command(home: &Path, endpoint: &str, more: &[(&str, &str)], arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_interlace"));
     for name in ["HF_TOKEN", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "ALL_PROXY"]
     {
         command.env_remove(name);
     }
     command.args(arguments).current_dir(home).env("HF_HOME", home).env("HF_ENDPOINT", endpoint).envs(more.to_vec());
-    command.output().expect("the binary starts")
+    command
 }
 
 fn inspected(output: &Output) -> Value {
@@ -409,4 +430,54 @@ fn the_token_goes_to_the_hub_alone_and_refusals_say_what_to_do() {
         assert_eq!(output.status.code(), Some(2), "{name}");
         assert!(stderr(&output).contains(want), "{name}: {}", stderr(&output));
     }
+}
+
+#[test]
+fn answers_in_another_form_say_what_is_wrong() {
+    let reply = |status: u16, more: &str, body: &[u8]| [head(status, more, body.len()).as_bytes(), body].concat();
+    let gzip = "content-encoding: gzip\r\n";
+    let later = "retry-after: 100000\r\n";
+    let answers = |bytes: Vec<u8>| Conduct { answers: Some(bytes), ..Conduct::default() };
+    let gives = |bytes: Vec<u8>| Conduct { gives: Some(bytes), ..Conduct::default() };
+    let long = format!("{{\"x\": \"{}\"}}", "y".repeat(33 << 20));
+    for (conduct, want) in [
+        (answers(reply(200, gzip, b"\x1f\x8b\x08")), "the encoding `gzip`, which was not asked for"),
+        (gives(reply(200, gzip, b"\x1f\x8b\x08")), "the encoding `gzip`, which was not asked for"),
+        (answers(reply(200, "", b"\xff\xfe{}")), "is not JSON"),
+        (answers(reply(200, "", b"<html>log in</html>")), "is not JSON"),
+        (answers(reply(200, "", long.as_bytes())), "is longer than 32 MiB"),
+        (answers(reply(429, later, b"")), "run the command again in 100000 s"),
+        (gives(reply(503, later, b"")), "run the command again in 100000 s"),
+    ] {
+        let home = tempfile::tempdir().expect("folder");
+        let hub = Hub::start(model(), conduct);
+        let output = run(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny"]);
+        assert_eq!(output.status.code(), Some(2), "{want}");
+        assert!(stderr(&output).contains(want), "{want}: {}", stderr(&output));
+    }
+    // Nobody listens there.
+    let home = tempfile::tempdir().expect("folder");
+    let nowhere = "http://127.0.0.1:1";
+    for (more, offline) in [(&[][..], false), (&[("HF_HUB_OFFLINE", "1")], true)] {
+        let output = run(home.path(), nowhere, more, &["inspect", "hf:org/tiny"]);
+        assert_eq!(stderr(&output).contains("unset HF_HUB_OFFLINE"), offline, "{}", stderr(&output));
+        assert!(stderr(&output).contains("HF_HOME"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn ctrl_c_ends_a_list_that_comes_slowly() {
+    let home = tempfile::tempdir().expect("folder");
+    let hub = Hub::start(model(), Conduct { drips: true, ..Conduct::default() });
+    let mut command = command(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny"]);
+    let child = command.stderr(std::process::Stdio::piped()).spawn().expect("the binary starts");
+    while hub.log.lock().expect("the log").is_empty() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let begun = Instant::now();
+    // SAFETY: the child runs until `wait_with_output`.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    let output = child.wait_with_output().expect("the end");
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
 }

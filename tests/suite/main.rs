@@ -4,6 +4,7 @@ mod answer_graph;
 mod backend;
 mod bad_inputs;
 mod budgets;
+mod buffers;
 mod checkpoints;
 mod cli;
 mod compensation;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
-use crate::ir::{Attribute, AttributeKind, DataType, Dim, Graph, Node, Tensor, Value, ValueId};
+use crate::ir::{Attribute, AttributeKind, DataType, Dim, FreshNames, Graph, Node, Tensor, Value, ValueId};
 
 use super::super::build::operator;
 use super::Weights;
@@ -11,6 +11,7 @@ use super::Weights;
 /// Collects the nodes that replace one node.
 pub(super) struct Site<'a> {
     graph: &'a mut Graph,
+    names: FreshNames,
     weights: &'a Weights,
     read: &'a HashSet<ValueId>,
     added: &'a mut Vec<(ValueId, Tensor)>,
@@ -27,7 +28,8 @@ impl<'a> Site<'a> {
         read: &'a HashSet<ValueId>,
         added: &'a mut Vec<(ValueId, Tensor)>,
     ) -> Self {
-        Site { graph, weights, read, added, float_type: None, nodes: Vec::new() }
+        let names = FreshNames::of(graph);
+        Site { graph, names, weights, read, added, float_type: None, nodes: Vec::new() }
     }
 
     /// The node in messages.
@@ -37,7 +39,7 @@ impl<'a> Site<'a> {
 
     /// Adds a node with one new output.
     pub fn op(&mut self, op_type: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
-        let name = self.graph.fresh_name(&format!("standard/{op_type}"));
+        let name = self.names.fresh(&format!("standard/{op_type}"));
         let output = self.graph.add_value(Value { name, ..Value::default() });
         self.nodes.push(operator(op_type, inputs, output, attributes));
         output
@@ -50,7 +52,7 @@ impl<'a> Site<'a> {
 
     /// Adds a weight.
     pub fn constant(&mut self, tensor: Tensor) -> ValueId {
-        let name = self.graph.fresh_name("standard/constant");
+        let name = self.names.fresh("standard/constant");
         let id = self.graph.add_value(Value { name, ..Value::default() });
         self.added.push((id, tensor));
         id
