@@ -28,8 +28,10 @@ fn exports_of_every_form_are_finetuned_as_floats_and_in_their_own_form() {
     for (precision, suffix, product) in
         [("int4", "q4", "MatMulNBits"), ("int8", "quantized", "MatMulInteger"), ("int8-qdq", "int8", "QuantizeLinear")]
     {
-        let mut arguments = vec!["export", &model, "--precision", precision, "--rounding", "nearest", "-q"];
-        arguments.extend(["-o", precision]);
+        let mut arguments = vec!["export", &model, "--precision", precision, "-q", "-o", precision];
+        if precision == "int4" {
+            arguments.extend(["--rounding", "nearest"]);
+        }
         if precision == "int8-qdq" {
             arguments.extend(["--data", &data, "--samples", "2"]);
         }

@@ -12,6 +12,9 @@ use serde_json::Value as Json;
 use super::cli::{interlace, stderr};
 use super::precision::{Net, expanded, largest, numbers, relative, run, small, transposed, write};
 
+/// Precisions that need no data.
+const ALL: [&str; 4] = ["int4", "q4f16", "int8", "fp16"];
+
 /// The small network with one weight changed.
 fn changed(folder: &Path, name: &str, change: impl Fn(&mut Vec<f32>)) {
     let mut model = small(folder);
@@ -41,12 +44,12 @@ fn weights_and_scales_that_are_not_finite_are_refused_by_name() {
     for (value, found) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
         changed(&model, "first", |values| values[70] = value);
         let want = format!("weight `first`: has 1 numbers of 1776 that are not finite, the first is {found}");
-        ["int4", "q4f16", "int8", "fp16"].map(|precision| refused(precision, &want));
+        ALL.iter().for_each(|precision| refused(precision, &want));
         changed(&model, "second", |values| values[0] = value);
-        ["int4", "q4f16", "int8", "fp16"].map(|precision| refused(precision, "weight `second`"));
+        ALL.iter().for_each(|precision| refused(precision, "weight `second`"));
     }
     changed(&model, "table", |values| values[17] = f32::NAN);
-    ["int4", "q4f16", "int8", "fp16"].map(|precision| refused(precision, "weight `table`"));
+    ALL.iter().for_each(|precision| refused(precision, "weight `table`"));
     changed(&model, "bias", |values| values[3] = f32::NAN);
     refused("fp16", "weight `bias`");
 
