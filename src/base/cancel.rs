@@ -1,9 +1,12 @@
 //! Ctrl-C as a flag that long loops poll.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::error::{Error, Result};
+
+/// The flag of the installed handler.
+static INSTALLED: OnceLock<Cancel> = OnceLock::new();
 
 /// A shared flag that Ctrl-C sets once. Cloning and reading it are cheap.
 #[derive(Clone, Debug, Default)]
@@ -43,5 +46,11 @@ pub fn install_ctrl_c() -> Result<Cancel> {
         eprintln!("stopping after the current step; press Ctrl-C again to stop at once");
     })
     .map_err(|e| Error::invalid("Ctrl-C handler", e.to_string()))?;
+    let _ = INSTALLED.set(cancel.clone());
     Ok(cancel)
+}
+
+/// The flag of the installed handler, for waits deep below a verb; a flag that nobody sets without a handler.
+pub(super) fn installed_cancel() -> Cancel {
+    INSTALLED.get().cloned().unwrap_or_default()
 }

@@ -32,7 +32,7 @@ pub use memory::peak_memory_bytes;
 pub use paths::{refuse_hub_cache, resolved_path};
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
-pub use runaway::{on_runaway, watched};
+pub use runaway::{confined, on_runaway};
 pub use staging::{ScratchDir, StagedDir, folder_of};
 pub use stopwatch::Stopwatch;
 pub use text::{

@@ -1,48 +1,72 @@
-//! Stops the process before work on a file from a stranger takes all memory.
+//! Limits on the time, memory and stack of work on a file from a stranger.
 //!
-//! Some libraries cannot be given a limit: a chat template can double a text with every step. The work is watched from
-//! beside it, and a program that has said how it ends is ended.
+//! Some libraries cannot be given such limits: a chat template can double a text with every step, sort a list for hours, or
+//! nest values so deep that a recursive function overflows its stack. The work runs in a thread with a large stack and is
+//! watched from outside.
 
 use std::fs;
+use std::panic::resume_unwind;
 use std::sync::OnceLock;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::error::Error;
+use super::cancel::installed_cancel;
+use super::error::{Error, Result};
 
-/// Growth of the resident memory, in bytes, at which watched work has run away.
+/// Growth of the resident memory, in bytes, at which confined work has run away.
 const MOST_GROWTH: u64 = 1 << 30;
-/// Time between two looks at the memory. Honest work is done before the first.
+/// Time between two looks at the work. Honest work is done before the first.
 const INTERVAL: Duration = Duration::from_millis(20);
+/// Time after which confined work no longer delays Ctrl-C.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Stack of the thread in bytes. The system provides pages as they are used.
+const STACK_BYTES: usize = 512 << 20;
 
 type Handler = Box<dyn Fn(Error) + Send + Sync>;
 
 static HANDLER: OnceLock<Handler> = OnceLock::new();
 
-/// Sets what is done with the error of work that runs away: report it and end the process. The first call counts; without
-/// one, work is not watched.
+/// Sets what is done with the error of work that takes all memory: report it and end the process. The first call counts;
+/// without one, the memory of confined work is not limited.
 pub fn on_runaway(handler: impl Fn(Error) + Send + Sync + 'static) {
     let _ = HANDLER.set(Box::new(handler));
 }
 
-/// Does the work, and hands `error` to the handler when the process grows by more than 1 GiB meanwhile.
-pub fn watched<T>(error: impl FnOnce() -> Error + Send, work: impl FnOnce() -> T) -> T {
-    let Some(handler) = HANDLER.get() else { return work() };
-    let (finished, is_finished) = channel::<()>();
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            let before = resident_bytes();
-            while is_finished.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if resident_bytes().saturating_sub(before) > MOST_GROWTH {
-                    return handler(error());
-                }
-            }
-        });
-        let result = work();
-        drop(finished);
-        result
-    })
+/// Does the work in a thread with a stack of 512 MiB. When the process grows by more than 1 GiB meanwhile, the handler of
+/// `on_runaway` gets an error. `error` makes errors from what the work did wrong. Work that is over its time is left behind:
+/// its thread ends with the process.
+///
+/// Errors: that of `error` when the work takes longer than `limit`, and `Error::Interrupted` when the user asks to stop and
+/// it has run for a second; `Error::Io` when the thread cannot be started.
+pub fn confined<T: Send + 'static>(
+    limit: Duration,
+    error: impl Fn(&str) -> Error,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let (finished, is_finished) = channel();
+    let thread = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || drop(finished.send(work())));
+    let thread = thread.map_err(|e| Error::io("reserve a stack of 512 MiB for", "a thread", e))?;
+    let (begun, before, cancel) = (Instant::now(), resident_bytes(), installed_cancel());
+    loop {
+        match is_finished.recv_timeout(INTERVAL) {
+            Ok(result) => return Ok(result),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => match thread.join() {
+                Err(panic) => resume_unwind(panic),
+                Ok(()) => return Err(error("ended without a result")),
+            },
+        }
+        if let Some(handler) = HANDLER.get().filter(|_| resident_bytes().saturating_sub(before) > MOST_GROWTH) {
+            handler(error("takes more than 1 GB of memory"));
+        }
+        if begun.elapsed() > limit {
+            return Err(error(&format!("takes longer than {} s", limit.as_secs_f64())));
+        }
+        if begun.elapsed() > PATIENCE {
+            cancel.check("nothing was written by the step in progress")?;
+        }
+    }
 }
 
 /// Resident memory now, in bytes; 0 where the system does not report it.
@@ -59,8 +83,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn watched_work_returns_its_result() {
+    fn confined_work_returns_its_result_or_is_over_its_time() {
         assert!(resident_bytes() > 1 << 20);
-        assert_eq!(watched(|| Error::invalid("work", "ran away"), || 3), 3);
+        let error = |problem: &str| Error::invalid("work", problem);
+        assert_eq!(confined(Duration::from_secs(60), error, || 3).unwrap(), 3);
+        let endless = || thread::sleep(Duration::from_secs(3600));
+        let begun = Instant::now();
+        let late = confined(Duration::from_millis(50), error, endless).unwrap_err().to_string();
+        assert!(late.contains("work") && late.contains("longer than 0.05 s"), "{late}");
+        assert!(begun.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn confined_work_has_a_deep_stack() {
+        fn depth(left: u64) -> u64 {
+            let frame = std::hint::black_box([left; 128]);
+            if left == 0 { 0 } else { 1 + depth(frame[1] - 1) }
+        }
+        let error = |problem: &str| Error::invalid("work", problem);
+        assert_eq!(confined(Duration::from_secs(60), error, || depth(100_000)).unwrap(), 100_000);
     }
 }

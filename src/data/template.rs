@@ -1,20 +1,29 @@
-//! Chat templates: Jinja in Hugging Face's dialect, in a sandbox with limits on instructions, memory and output.
+//! Chat templates: Jinja in Hugging Face's dialect, in a sandbox with limits on instructions, time, memory, stack and
+//! output.
 
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use minijinja::value::{Kwargs, Rest};
-use minijinja::{Environment, ErrorKind, Value as Jinja};
+use minijinja::{Environment, ErrorKind, State, Value as Jinja, filters};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::base::{Error, Result, watched};
+use crate::base::{Error, Result, confined};
 
-/// Maximum number of instructions of one rendering.
-const FUEL: u64 = 5_000_000;
+/// Maximum number of instructions of one rendering. Values nest less than 250,000 deep with it, of which none takes more than 1 KB of
+/// stack.
+const FUEL: u64 = 2_000_000;
+/// Maximum time of one rendering. A conversation takes some milliseconds.
+const MAX_TIME: Duration = Duration::from_secs(10);
 /// Maximum output of one rendering in bytes.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
-/// Maximum length of a template in bytes.
-const MAX_TEMPLATE_BYTES: usize = 4 << 20;
+/// Maximum length of a template in bytes. Compiling recurses for each operator of a chain, with less than 1 KB of stack for
+/// each byte.
+const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+/// Maximum width, precision, indentation or count in an argument of a filter.
+const MAX_WIDTH: usize = 9999;
 const NAME: &str = "chat_template";
 
 /// One message of a conversation in the form that templates read.
@@ -61,7 +70,9 @@ pub(super) enum ContentPart {
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
     source: String,
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    /// Maximum time of one rendering.
+    limit: Duration,
     /// Special tokens by name, such as `bos_token`.
     tokens: Map<String, Value>,
     /// Forms of content that the template renders without loss.
@@ -88,31 +99,26 @@ struct Context<'a> {
 impl ChatTemplate {
     /// Compiles a template. `source` is the name of its file, `tokens` are the special tokens by name.
     ///
-    /// Errors: `Error::Invalid` when the template is longer than 4 MiB, or does not compile; the message has the line.
+    /// Errors: `Error::Invalid` when the template is longer than 256 KiB, does not compile, or takes longer than 10 s to
+    /// render a question; the message has the line.
     pub fn new(source: &str, template: &str, tokens: Map<String, Value>) -> Result<Self> {
-        let subject = || format!("chat template in `{source}`");
+        Self::limited(source, template, tokens, MAX_TIME)
+    }
+
+    fn limited(source: &str, template: &str, tokens: Map<String, Value>, limit: Duration) -> Result<Self> {
+        let remedy = "restore the template that belongs to the model";
+        let subject = format!("chat template in `{source}`");
+        let refused = |problem: &str| Error::invalid(subject.clone(), problem).remedy(remedy);
         if template.len() > MAX_TEMPLATE_BYTES {
-            return Err(Error::invalid(
-                subject(),
-                format!("is {} bytes long, expected at most {MAX_TEMPLATE_BYTES}", template.len()),
-            )
-            .remedy("restore the template that belongs to the model"));
+            let problem = format!("is {} bytes long, expected at most {MAX_TEMPLATE_BYTES}", template.len());
+            return Err(refused(&problem));
         }
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(FUEL));
-        environment.set_recursion_limit(64);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", tojson);
-        environment.add_template_owned(NAME, without_generation_tags(template)).map_err(|e| {
-            Error::invalid(subject(), describe(&e)).remedy("restore the template that belongs to the model")
-        })?;
-        let mut template = ChatTemplate { source: source.to_string(), environment, tokens, forms: Forms::default() };
-        template.forms = template.probe();
+        let template = without_generation_tags(template);
+        let compiled = confined(limit, |problem| refused(&format!("{problem} to compile")), || compile(template))?;
+        let environment = Arc::new(compiled.map_err(|e| refused(&describe(&e)))?);
+        let source = source.to_string();
+        let mut template = ChatTemplate { source, environment, limit, tokens, forms: Forms::default() };
+        template.forms = template.probe()?;
         Ok(template)
     }
 
@@ -127,43 +133,125 @@ impl ChatTemplate {
     }
 
     /// Renders a question in both forms with a word that no template contains, and looks for the word in the output.
-    fn probe(&self) -> Forms {
+    ///
+    /// Errors: as `rendered`.
+    fn probe(&self) -> Result<Forms> {
         const WORD: &str = "quincunx-7f3a";
         let text = || ContentPart::Text { text: WORD.to_string() };
-        let whole = |contents: Vec<Content>| {
-            contents.into_iter().any(|content| {
-                let out = self.render(&[ChatMessage { role: "user", content }], true).unwrap_or_default();
+        let whole = |contents: Vec<Content>| -> Result<bool> {
+            for content in contents {
+                let out = self.rendered(&[ChatMessage { role: "user", content }], true)?.unwrap_or_default();
                 // A template that expects a string may print the list of parts literally.
-                out.contains(WORD) && !out.contains("'type'") && !out.contains("\"type\"")
-            })
+                if out.contains(WORD) && !out.contains("'type'") && !out.contains("\"type\"") {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         };
-        Forms {
-            parts: whole(vec![Content::Parts(vec![text()]), Content::Parts(vec![ContentPart::Image, text()])]),
-            text: whole(vec![Content::Text(WORD.to_string())]),
-        }
+        Ok(Forms {
+            parts: whole(vec![Content::Parts(vec![text()]), Content::Parts(vec![ContentPart::Image, text()])])?,
+            text: whole(vec![Content::Text(WORD.to_string())])?,
+        })
     }
 
     /// Renders a conversation.
     ///
     /// Errors: `Error::Invalid` when the template raises an exception, fails, or exceeds its limits.
     pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
-        let error = |e: &minijinja::Error| {
-            Error::invalid(format!("chat template in `{}`", self.source), describe(e))
+        self.rendered(messages, add_generation_prompt)?.map_err(|problem| {
+            Error::invalid(format!("chat template in `{}`", self.source), problem)
                 .remedy("repair the template, or the row if it is one that the template does not take")
-        };
-        let context = Context { messages, add_generation_prompt, tools: None, documents: None, tokens: &self.tokens };
-        let mut out = Bounded(Vec::new());
-        let template = self.environment.get_template(NAME).map_err(|e| error(&e))?;
-        let runs_away = || {
-            Error::invalid(format!("chat template in `{}`", self.source), "takes more than 1 GB of memory to render")
-                .remedy("restore the template that belongs to the model")
-        };
-        watched(runs_away, || template.render_captured_to(context, &mut out)).map_err(|e| error(&e))?;
-        String::from_utf8(out.0).map_err(|_| {
-            Error::invalid(format!("chat template in `{}`", self.source), "did not write UTF-8")
-                .remedy("restore the template that belongs to the model")
         })
     }
+
+    /// Renders a conversation; the text of the inner error says why the template does not take it.
+    ///
+    /// Errors: as `confined`, when the template exceeds its limits.
+    fn rendered(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Result<String, String>> {
+        let context = Context { messages, add_generation_prompt, tools: None, documents: None, tokens: &self.tokens };
+        let (context, environment) = (Jinja::from_serialize(context), self.environment.clone());
+        let exceeded = |problem: &str| {
+            Error::invalid(format!("chat template in `{}`", self.source), format!("{problem} to render"))
+                .remedy("restore the template that belongs to the model")
+        };
+        confined(self.limit, exceeded, move || {
+            let mut out = Bounded(Vec::new());
+            let template = environment.get_template(NAME).map_err(|e| describe(&e))?;
+            template.render_captured_to(context, &mut out).map_err(|e| describe(&e))?;
+            String::from_utf8(out.0).map_err(|_| "did not write UTF-8".to_string())
+        })
+    }
+}
+
+/// The environment in which a template runs, with the template in it.
+fn compile(template: String) -> Result<Environment<'static>, minijinja::Error> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_fuel(Some(FUEL));
+    environment.set_recursion_limit(64);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_unknown_method_callback(|state, value, method, args| {
+        if let Some(format) = value.as_str().filter(|_| method == "format") {
+            check_widths(format, ends_brace_field)?;
+        }
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+    });
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_filter("tojson", tojson);
+    for (name, filter) in [
+        ("indent", Jinja::from_function(filters::indent)),
+        ("slice", Jinja::from_function(filters::slice)),
+        ("batch", Jinja::from_function(filters::batch)),
+    ] {
+        environment.add_filter(name, move |state: &State<'_, '_>, args: Rest<Jinja>| {
+            for size in args.iter().skip(1) {
+                let named = size.is_kwargs().then(|| size.try_iter().into_iter().flatten().collect::<Vec<_>>());
+                let named = named.into_iter().flatten().filter_map(|key| size.get_item(&key).ok());
+                if named.chain([size.clone()]).any(|size| size.as_i64().is_some_and(|size| size > MAX_WIDTH as i64)) {
+                    return Err(too_wide(name));
+                }
+            }
+            filter.call(state, &args)
+        });
+    }
+    environment.add_filter("format", |state: &State<'_, '_>, format: &Jinja, args: Rest<Jinja>| {
+        check_widths(format.as_str().unwrap_or_default(), ends_percent_field)?;
+        filters::format(state, format, args)
+    });
+    environment.add_template_owned(NAME, template)?;
+    Ok(environment)
+}
+
+fn too_wide(place: &str) -> minijinja::Error {
+    minijinja::Error::new(ErrorKind::InvalidOperation, format!("{place}: a width or count above {MAX_WIDTH}"))
+}
+
+/// True when the text behind a number shows that it ends a field of a `%` format.
+fn ends_percent_field(after: &str) -> bool {
+    let after = after.strip_prefix('.').filter(|after| after.starts_with(char::is_alphanumeric)).unwrap_or(after);
+    after.starts_with(|c: char| c.is_alphanumeric() || c == '%')
+}
+
+/// True when the text behind a number shows that it ends a field of a `{}` format.
+fn ends_brace_field(after: &str) -> bool {
+    after.trim_start_matches(|c: char| c.is_alphanumeric() || ",_.%".contains(c)).starts_with('}')
+}
+
+/// Errors: when a field has a width or precision above `MAX_WIDTH`.
+fn check_widths(format: &str, ends_field: fn(&str) -> bool) -> Result<(), minijinja::Error> {
+    let most_digits = MAX_WIDTH.to_string().len();
+    let mut rest = format;
+    while let Some(begin) = rest.find(|c: char| c.is_ascii_digit()) {
+        let (_, number) = rest.split_at(begin);
+        let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
+        rest = &number[digits..];
+        if digits > most_digits && ends_field(rest) {
+            return Err(too_wide("format"));
+        }
+    }
+    Ok(())
 }
 
 fn describe(error: &minijinja::Error) -> String {
@@ -324,68 +412,5 @@ impl Dump<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn messages() -> Vec<ChatMessage> {
-        vec![
-            ChatMessage {
-                role: "user",
-                content: Content::Parts(vec![ContentPart::Image, ContentPart::Text { text: "What <is> it?".into() }]),
-            },
-            ChatMessage { role: "assistant", content: Content::Text("a cat".into()) },
-        ]
-    }
-
-    fn render(template: &str) -> Result<String> {
-        let tokens = Map::from_iter([("bos_token".to_string(), Value::from("<s>"))]);
-        ChatTemplate::new("chat_template.jinja", template, tokens)?.render(&messages(), true)
-    }
-
-    #[test]
-    fn templates_render_as_in_hugging_face() {
-        let cases = [
-            ("{{ bos_token }}{{ messages[0]['role'] | capitalize }}", "<s>User"),
-            (
-                "{% for m in messages %}\n  {% if loop.first %}\n{{ m.content | length }}\n  {% endif %}\n{% endfor %}",
-                "2\n",
-            ),
-            ("{{ messages[0].content | tojson }}", r#"[{"type": "image"}, {"type": "text", "text": "What <is> it?"}]"#),
-            ("{{ {'b': 1, 'a': []} | tojson(indent=2) }}", "{\n  \"b\": 1,\n  \"a\": []\n}"),
-            (
-                "{% for m in messages %}{%- generation -%} {{ m.role }} {%- endgeneration %}{% endfor %}",
-                "userassistant",
-            ),
-            (
-                "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content.strip() }}{% endfor %}",
-                "a cat",
-            ),
-            (
-                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-                "2",
-            ),
-            ("{{ tools is none }} {{ missing is defined }} {{ missing }}", "True False "),
-            ("{{ strftime_now('%%') }}", "%"),
-            ("{{ messages[1].content.split(' ')[-1] }}{{ 'x'.startswith('x') }}", "catTrue"),
-        ];
-        for (template, want) in cases {
-            assert_eq!(render(template).unwrap(), want, "{template}");
-        }
-    }
-
-    #[test]
-    fn hostile_templates_end_in_errors() {
-        let cases = [
-            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-            ("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", "fuel"),
-            ("{% for a in range(9999) %}{{ 'x' * 100000 }}{% endfor %}", "failed to write output"),
-            ("{% include '/etc/passwd' %}", "template"),
-            ("{% if %}", "line 1"),
-            ("{{ messages.__class__.x }}", "line 1"),
-        ];
-        for (template, want) in cases {
-            let error = render(template).unwrap_err().to_string();
-            assert!(error.contains(want), "{template}: {error}");
-        }
-    }
-}
+#[path = "template_tests.rs"]
+mod tests;
