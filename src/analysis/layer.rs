@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::ir::{Body, ValueId};
 
 use super::owner::Owner;
+use super::parameters::parameter_counts;
 
 /// The layers of a transformer graph.
 #[derive(Clone, Debug)]
@@ -62,10 +63,11 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Elements of the layer's own weights.
+    /// Number of the layer's own weights; packed ones count as the weights that they hold.
     pub fn parameters(&self, body: &Body) -> u64 {
+        let counts = parameter_counts(body);
         let own: HashSet<ValueId> = self.weights.iter().copied().collect();
-        body.initializers.iter().filter(|(id, _)| own.contains(id)).map(|(_, tensor)| tensor.element_count()).sum()
+        own.iter().filter_map(|id| counts.get(id)).sum()
     }
 
     /// Bytes of the layer's own weights.

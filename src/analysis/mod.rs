@@ -20,6 +20,7 @@ mod names;
 mod operands;
 mod owner;
 mod owners;
+mod parameters;
 mod ports;
 mod positions;
 mod products;
@@ -36,6 +37,7 @@ pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owner::Owner;
 pub use owners::Owners;
+pub use parameters::parameter_counts;
 pub use projection::Projection;
 pub use sublayers::Sublayers;
 

@@ -26,7 +26,7 @@ mod write;
 pub use assets::{AssetKind, MANIFEST_FILE, RECORD_FILE};
 pub use card::{base_in_card, changes, front_matter, is_card};
 pub use component::Component;
-pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
+pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, token_ids, whole_number};
 pub use hub::model_on_disk;
 pub use layers::LayerEdit;
 pub use layout::{FolderLayout, LAYOUTS, Role, SINGLE_FILE};
@@ -126,7 +126,8 @@ impl Bundle {
         let layout = LAYOUTS.iter().find(|layout| (layout.applies)(&listing)).ok_or_else(|| {
             Error::invalid(subject(), format!("is not a model folder: it holds {}", list_preview(&listing.files, 6)))
                 .remedy(format!(
-                    "expected .onnx files in one of the layouts {}",
+                    "expected .onnx files in one of the layouts {}; `verify` also takes the folder of an export by its \
+                     {MANIFEST_FILE}",
                     LAYOUTS.iter().map(|layout| layout.name).collect::<Vec<_>>().join(", ")
                 ))
         })?;

@@ -345,6 +345,45 @@ fn invalid_model_folders_are_refused() {
         (&[("genai_config.json", "{")], "not JSON"),
         (&[("genai_config.json", r#"{"model": {"decoder": {"filename": "x.onnx"}}}"#)], "cannot open"),
         (&[("config.json", r#"{"num_hidden_layers": -1}"#), ("model.onnx", "")], "expected a whole number"),
+        (
+            &[("config.json", r#"{"num_hidden_layers": 9223372036854775807}"#), ("model.onnx", "")],
+            "expected a whole number from 0 to 100000",
+        ),
+        (&[("config.json", r#"{"head_dim": 9223372036854775807}"#), ("model.onnx", "")], "to 16777216"),
+        (
+            &[("config.json", r#"{"max_position_embeddings": 4611686018427387904}"#), ("model.onnx", "")],
+            "to 2147483647",
+        ),
+        (
+            &[
+                ("config.json", r#"{"max_position_embeddings": 4096, "rope_scaling": {"factor": 1e300}}"#),
+                ("model.onnx", ""),
+            ],
+            "its rotary scaling makes a context",
+        ),
+        (&[("config.json", r#"{"eos_token_id": 9223372036854775807}"#), ("model.onnx", "")], "the id of a token"),
+        (&[("config.json", r#"{"image_token_id": 9223372036854775807}"#), ("model.onnx", "")], "the id of a token"),
+        (&[("config.json", r#"{"vision_config": {"spatial_merge_size": 0}}"#), ("model.onnx", "")], "from 1 to 256"),
+        (
+            &[
+                (
+                    "genai_config.json",
+                    r#"{"model": {"context_length": 9223372036854775807, "decoder": {"filename": "model.onnx"}}}"#,
+                ),
+                ("model.onnx", ""),
+            ],
+            "`context_length` is 9223372036854775807, expected a whole number from 0 to 2147483647",
+        ),
+        (
+            &[
+                (
+                    "genai_config.json",
+                    r#"{"model": {"decoder": {"filename": "model.onnx", "head_size": 9223372036854775807}}}"#,
+                ),
+                ("model.onnx", ""),
+            ],
+            "`head_size` is 9223372036854775807",
+        ),
     ];
     for (files, want) in cases {
         let folder = folder(files);

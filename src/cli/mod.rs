@@ -18,6 +18,7 @@ mod plan;
 mod precision;
 mod prune;
 mod ranks;
+mod refused;
 mod report;
 mod run;
 mod schema;
@@ -133,7 +134,7 @@ fn exit_code(json: bool, result: anyhow::Result<Outcome>) -> i32 {
         Ok(Outcome::GateFailed) => 1,
         Err(error) if output::is_closed_pipe(&error) => 0,
         Err(error) => {
-            output::print_error(&error, json);
+            output::print_error(&refused::explained(error), json);
             2
         }
     }

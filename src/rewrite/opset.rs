@@ -52,7 +52,10 @@ pub fn raise_opset(model: &Model, version: i64) -> Result<Model> {
             format!("graph `{}` in opset {version}", model.graph.body.name),
             format!("it is of opset {own}; opsets {from} to {to} are raised, none is lowered"),
         )
-        .remedy("export the graph in that opset"));
+        .remedy(match VERSIONS.contains(&own) && own < version {
+            true => format!("give `--opset` {own} to {to}"),
+            false => format!("leave `--opset` out, or export the graph again in opset {version}"),
+        }));
     }
     raise(&mut raised.graph, own, version)?;
     for function in &mut raised.functions {

@@ -201,16 +201,10 @@ impl VlmSettings {
             return Err(Error::invalid(source(), format!("`{key}` is {id}, expected the id of a token"))
                 .remedy("give the id that the tokenizer has for a picture's features"));
         }
-        // GenAI's config has it under `model`.
-        let vision = config.raw.get("vision_config").or_else(|| config.raw.pointer("/model/vision"));
         Ok(VlmSettings {
             image_token_id: config.image_token_id,
             eos_token_ids: config.eos_token_ids.clone(),
-            spatial_merge_size: whole_number(
-                &config.source,
-                "spatial_merge_size",
-                vision.and_then(|vision| vision.get("spatial_merge_size")),
-            )?,
+            spatial_merge_size: config.spatial_merge_size,
             max_new_tokens: whole_number("generation_config.json", "max_new_tokens", generation.get("max_new_tokens"))?,
             context_tokens: config.context_tokens,
             token_types: TokenTypes::of(config),

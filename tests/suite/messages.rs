@@ -228,3 +228,55 @@ fn an_answer_longer_than_the_context_is_refused_in_advance() {
     check_message(&refusal(work.path(), &all), &["one", "999999", "positions"]);
     assert!(!work.path().join("answers.jsonl").exists());
 }
+
+#[test]
+fn a_missing_file_is_named_with_the_argument_and_what_to_do() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    for (arguments, path, place) in [
+        (&["inspect", "none"][..], "none", "on the command line"),
+        (&["score", "m", "--data", "none.json", "-o", "s.json"], "none.json", "after `--data`"),
+        (&["prune", "m", "--plan=none.json", "-o", "out"], "none.json", "after `--plan`"),
+        (&["prune", "none", "--drop", "1", "-o", "out"], "none", "on the command line"),
+        (&["run", "none.toml"], "none.toml", "on the command line"),
+        (&["eval", "m", "--data", "none.tsv", "-o", "out"], "none.tsv", "after `--data`"),
+        (&["generate", "m", "--image", "none.png", "--prompt", "x"], "none.png", "after `--image`"),
+        (&["export", "m", "--to", "safetensors", "--base", "none", "-o", "out"], "none", "after `--base`"),
+    ] {
+        let message = refusal(work.path(), arguments);
+        check_message(&message, &[&format!("`{path}`"), "No such file", &format!("check the path {place}")]);
+        assert!(!message.contains("caused by"), "{message}");
+    }
+    let json = interlace(work.path(), &["inspect", "none", "--json"]);
+    let answer: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert!(answer["error"]["message"].as_str().unwrap().contains("check the path on the command line"), "{answer}");
+}
+
+#[test]
+fn an_unknown_opset_and_a_folder_without_a_model_say_what_to_give() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let late = refusal(work.path(), &["export", "m", "--to", "openvino", "--opset", "25", "-o", "out"]);
+    check_message(&late, &["opset 25", "give `--opset` 18 to 24"]);
+    let early = refusal(work.path(), &["export", "m", "--to", "openvino", "--opset", "13", "-o", "out"]);
+    check_message(&early, &["opset 13", "leave `--opset` out"]);
+    fs::create_dir(work.path().join("empty")).unwrap();
+    check_message(&refusal(work.path(), &["verify", "empty"]), &["is not a model folder", "manifest.json"]);
+}
+
+/// Rendering takes few instructions that each take long, and never ends by itself.
+#[test]
+fn ctrl_c_ends_the_rendering_of_a_template() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let template = "{% for i in range(100000) %}{{ range(100000) | sort | length }}{% endfor %}";
+    fs::write(work.path().join("m/chat_template.jinja"), template).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_interlace"));
+    let child = command.args(ASK).current_dir(work.path()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    // SAFETY: the child runs until `wait_with_output`.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    check_message(&stderr(&output), &["error: interrupted"]);
+}

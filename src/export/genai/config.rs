@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::base::{Error, Result};
-use crate::bundle::{Bundle, ModelConfig};
+use crate::bundle::{Bundle, ModelConfig, token_ids};
 use crate::runtime::Input;
 
 use super::graphs::{GenaiFigures, IMAGE_FEATURES, INPUTS_EMBEDS, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE};
@@ -136,9 +136,9 @@ fn add_pictures(model: &mut Value, bundle: &Bundle, pictures: &[Input], has_proc
     let config = bundle.require_config()?;
     model["image_token_id"] = json!(config.image_token_id);
     for key in ["vision_start_token_id", "video_token_id"] {
-        if let Some(id) =
-            bundle.read_json(&config.source)?.as_ref().and_then(|raw| raw.get(key)).and_then(Value::as_i64)
-        {
+        let raw = bundle.read_json(&config.source)?;
+        let ids = token_ids(&config.source, key, raw.as_ref().and_then(|raw| raw.get(key)))?;
+        if let Some(id) = ids.first() {
             model[key] = json!(id);
         }
     }
@@ -159,9 +159,7 @@ fn add_pictures(model: &mut Value, bundle: &Bundle, pictures: &[Input], has_proc
     model["vision"] = json!({
         "filename": VISION_FILE, "inputs": inputs, "outputs": {"image_features": IMAGE_FEATURES},
     });
-    let merge = bundle.read_json("config.json")?;
-    let merge = merge.as_ref().and_then(|config| config.get("vision_config")?.get("spatial_merge_size")?.as_u64());
-    if let Some(merge) = merge {
+    if let Some(merge) = config.spatial_merge_size {
         model["vision"]["spatial_merge_size"] = json!(merge);
     }
     if has_processor {

@@ -84,14 +84,11 @@ impl<'a> LoadedGraphs<'a> {
 /// The ids that the graph compares with, from the model's configs.
 pub(super) fn token_ids(bundle: &Bundle) -> TokenIds<'_> {
     let config = bundle.config();
-    // GenAI's config has it under `model`.
-    let paths = ["/vision_config/spatial_merge_size", "/model/vision/spatial_merge_size"];
-    let merge = config.and_then(|config| paths.iter().find_map(|path| config.raw.pointer(path)));
     TokenIds {
         image: config.and_then(|config| config.image_token_id),
         end: config.map_or(&[], |config| &config.eos_token_ids),
         head_dim: config.and_then(|config| config.head_size()),
-        merge: merge.and_then(serde_json::Value::as_i64).filter(|&merge| merge > 0),
+        merge: config.and_then(|config| config.spatial_merge_size).map(|merge| merge as i64),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::analysis::{Analysis, Layer, sublayers};
+use crate::analysis::{Analysis, Layer, parameter_counts, sublayers};
 use crate::base::{Error, Result, human_bytes, human_count};
 use crate::bundle::{Bundle, Role};
 use crate::ir::Body;
@@ -115,13 +115,15 @@ impl ModelCosts {
     }
 }
 
-/// Elements of all weights; two names for the same bytes count once.
+/// Number of all weights; two names for the same bytes count once.
 fn parameters(body: &Body) -> u64 {
+    let counts = parameter_counts(body);
     let mut seen = HashSet::new();
-    let tensors = body.initializers.iter().map(|(_, tensor)| tensor);
-    let once =
-        tensors.filter(|tensor| tensor.byte_len() == 0 || seen.insert((tensor.bytes().as_ptr(), tensor.byte_len())));
-    once.map(|tensor| tensor.element_count()).sum()
+    let once = body
+        .initializers
+        .iter()
+        .filter(|(_, tensor)| tensor.byte_len() == 0 || seen.insert((tensor.bytes().as_ptr(), tensor.byte_len())));
+    once.filter_map(|(id, _)| counts.get(id)).sum()
 }
 
 impl Budget {

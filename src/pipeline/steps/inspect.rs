@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::analysis::{self, Analysis};
+use crate::analysis::{self, Analysis, parameter_counts};
 use crate::base::{Error, Provenance, Result};
 use crate::bundle::{Bundle, Component, Record, RecordedStep, Role, SetAside, Tower};
 use crate::data::Processor;
@@ -279,7 +279,7 @@ fn component_info(bundle: &Bundle, component: &Component, model: &Model) -> Resu
         opsets: model.opset_imports.iter().map(|(name, version)| (domain(name), *version)).collect(),
         producer: format!("{} {}", model.producer_name, model.producer_version).trim().to_string(),
         nodes: graph.body.nodes.len(),
-        parameters: graph.body.initializers.iter().map(|(_, tensor)| tensor.element_count()).sum(),
+        parameters: parameter_counts(&graph.body).values().sum(),
         size_bytes: bundle.size_bytes(component)?,
         inputs: names(graph, &graph.body.inputs),
         outputs: names(graph, &graph.body.outputs),
