@@ -26,7 +26,7 @@ pub use error::{Error, Result};
 pub use files::{AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
 pub use http::http_agent;
-pub use memory::peak_memory_bytes;
+pub use memory::{free_memory_bytes, peak_memory_bytes};
 pub use paths::{refuse_hub_cache, resolved_path};
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
