@@ -23,6 +23,7 @@ fn compile_ranks(include: &Path) {
         .include(include.join("torch/csrc/api/include"))
         .include(RANKS)
         .file(format!("{RANKS}/c10d.cpp"))
+        .file(format!("{RANKS}/memory.cpp"))
         .compile("interlace_c10d");
 }
 

@@ -9,7 +9,8 @@ pictures; `interlace` prepares its samples inside the run, and its rate is print
         --data fixtures/data/finetune.parquet --bench fixtures/data/bench.tsv --work /tmp/compare
 
 Output: the losses of every step, tokens per second and peak memory of each round, tokens per second of processor time (which
-depends little on other load of the machine), and the scores of both results by `interlace eval`. Needs numpy, onnx,
+depends little on other load of the machine), and the scores of both results by `interlace eval`. With `--device cuda` both
+train on the first GPU, and the peak memory is the most that each side's tensors take there. Needs numpy, onnx,
 onnxruntime, pillow, pyarrow, torch, transformers and accelerate.
 """
 
@@ -157,18 +158,19 @@ def train(arguments):
         output_dir=str(work / "out"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=steps,
         learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=math.ceil(WARMUP_RATIO * steps),
         weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[],
-        use_cpu=True, disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], seed=42)
+        use_cpu=arguments.device == "cpu", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], seed=42)
     trainer = InOrder(model=net, args=settings, train_dataset=samples, data_collator=collate)
     began, worked = time.perf_counter(), time.process_time()
     trainer.train()
     seconds, worked = time.perf_counter() - began, time.process_time() - worked
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trained = {name: p.detach().numpy() for name, p in net.named_parameters() if p.requires_grad}
+    trained = {name: p.detach().cpu().numpy() for name, p in net.named_parameters() if p.requires_grad}
     np.savez(work / "trained.npz", **trained)
     print(json.dumps({
         "losses": losses, "seconds": seconds, "cpu_seconds": worked, "tokens": start,
         "answer_tokens": sum(sample["end"] - sample["prompt"] for sample in samples),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if arguments.device == "cpu"
+        else torch.cuda.max_memory_allocated(),
     }))
 
 
@@ -216,7 +218,7 @@ def ours(arguments, steps, name):
     text = run([
         arguments.interlace, "finetune", arguments.work / "pruned", "--plan", arguments.work / "plan.json",
         "--recipe", "paper", "--data", arguments.data, "--turns", "separate", "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE,
-        "--batch-size", BATCH, "--accumulation-steps", 1, "-o", target, "--quiet", "--json",
+        "--batch-size", BATCH, "--accumulation-steps", 1, "--device", arguments.device, "-o", target, "--quiet", "--json",
     ], env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     seconds, worked = time.perf_counter() - began, used() - worked
     lines = (target.with_name(name + ".work") / "metrics.jsonl").read_text().splitlines()
@@ -238,7 +240,8 @@ def compare(arguments):
     report, metrics, *_ = ours(arguments, arguments.steps, "ours")
     (work / "layers.json").write_text(json.dumps(report["layers"]))
     (work / "order.json").write_text(json.dumps([name for step in metrics for name in step["samples"]]))
-    here = [sys.executable, __file__, "--work", work, "--data", arguments.data, "--threads", arguments.threads]
+    here = [sys.executable, __file__, "--work", work, "--data", arguments.data, "--threads", arguments.threads,
+            "--device", arguments.device]
     run([*here, "--part", "prepare"])
     rounds = {"interlace": [], "interlace, all of it": [], "Trainer": []}
     busy = {"interlace, all of it": [], "Trainer": []}
@@ -254,7 +257,8 @@ def compare(arguments):
         rounds["Trainer"].append(peer["tokens"] / peer["seconds"])
         busy["interlace, all of it"].append(report["tokens"] / worked)
         busy["Trainer"].append(peer["tokens"] / peer["cpu_seconds"])
-        memory["interlace"].append(report["peak_memory_bytes"] / 1e6)
+        peak = "peak_memory_bytes" if arguments.device == "cpu" else "peak_gpu_memory_bytes"
+        memory["interlace"].append(report[peak] / 1e6)
         memory["Trainer"].append(peer["peak_memory_bytes"] / 1e6)
     print("| step | interlace | Trainer | apart |\n|---:|---:|---:|---:|")
     worst = 0.0
@@ -288,6 +292,7 @@ def main():
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--bench", type=pathlib.Path)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for both sides; peak memory is then the tensors' on the GPU")
     parser.add_argument("--drop", default="3,6,8,13", help="layers to drop")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)

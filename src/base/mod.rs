@@ -28,7 +28,7 @@ pub use files::{AtomicFile, MappedFile, check_output_file, contained_path, copy_
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
 pub use http::http_agent;
 pub use lock::{FolderLock, LOCK_FILE};
-pub use memory::peak_memory_bytes;
+pub use memory::{free_memory_bytes, peak_memory_bytes};
 pub use paths::{refuse_hub_cache, resolved_path};
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};

@@ -102,7 +102,7 @@ pub struct Args {
     #[arg(long)]
     gradient_checkpointing: bool,
     /// Use at most this many bytes of the training device's memory, as in 22GB: passes are made smaller until they fit
-    /// [default: no limit]
+    /// [default: no limit on a CPU, the free memory of a GPU]
     #[arg(long, value_name = "BYTES", value_parser = amount)]
     memory: Option<u64>,
     /// Run at most this many tokens in one forward pass, padding included, longer samples aside; it changes results by

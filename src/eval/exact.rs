@@ -11,7 +11,7 @@ const F32_ACCURACY_LEVEL: i64 = 1;
 /// Session options for comparisons with the interpreter: activations are not rounded when the graph
 /// leaves this to the engine.
 pub const EXACT: SessionOptions =
-    SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true };
+    SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true, memory_limit: None };
 
 /// The graph with f32 in place of 16-bit floats and of rounded activations in products; `None` when it already has this
 /// form. The interpreter computes in this form, so ONNX Runtime runs this graph in comparisons.

@@ -92,6 +92,11 @@ impl Student {
         Ok(())
     }
 
+    /// Device of the weights.
+    pub fn device(&self) -> Device {
+        self.program.device()
+    }
+
     /// The trained weights, which are the leaves of the gradient.
     pub fn weights(&self) -> &[torch::Parameter] {
         &self.program.parameters()[..self.trained]
@@ -213,6 +218,13 @@ impl Student {
         }
         let values = tch::no_grad(|| self.program.run(&fed, &self.suffix.side))?;
         given.extend(self.suffix.side.iter().copied().zip(values));
+        // Lengths that every layer reads on the host are copied there once.
+        for (id, tensor) in &mut given {
+            if self.program.reads_on_host(*id) && tensor.device() != Device::Cpu {
+                *tensor =
+                    tensor.f_to_device(Device::Cpu).map_err(torch_error("a value that layers read on the host"))?;
+            }
+        }
         Ok(SideTensors(given))
     }
 

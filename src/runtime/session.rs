@@ -51,6 +51,8 @@ pub struct SessionOptions {
     /// `DequantizeLinear` of its 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products
     /// saturate on some processors.
     pub exact_products: bool,
+    /// The most bytes of a GPU that the session takes; `None` for no limit.
+    pub memory_limit: Option<u64>,
 }
 
 /// A loaded graph.
@@ -128,12 +130,15 @@ impl Runtime {
             let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;
             library::load_cuda();
             // Memory grows by the requested size only, which leaves the rest of the GPU to LibTorch.
-            let provider = ep::CUDA::default()
+            let mut provider = ep::CUDA::default()
                 .with_device_id(index)
-                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
-                .build()
-                .error_on_failure();
-            builder = builder.with_execution_providers([provider]).map_err(|e| no_cuda(self.device, e))?;
+                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested);
+            if let Some(limit) = options.memory_limit {
+                provider = provider.with_memory_limit(usize::try_from(limit).unwrap_or(usize::MAX));
+            }
+            builder = builder
+                .with_execution_providers([provider.build().error_on_failure()])
+                .map_err(|e| no_cuda(self.device, e))?;
         }
         Ok(builder)
     }

@@ -27,6 +27,7 @@ mod convert;
 mod device;
 mod kernel;
 mod library;
+mod memory;
 mod op_error;
 mod operator;
 mod ops;
@@ -41,6 +42,7 @@ mod weights;
 
 pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir};
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
+pub use memory::{free_gpu_memory, peak_gpu_memory, pinned, release_cached};
 pub use operator::Operator;
 pub use program::{Options, Parameter, Program};
 pub use ranks::Ranks;

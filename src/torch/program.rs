@@ -14,7 +14,7 @@ use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from
 use super::op_error::{OpError, OpResult};
 use super::products::lowered;
 use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
-use super::step::{CompiledNode, Slot, store};
+use super::step::{CompiledNode, Slot, read_on_host, store};
 use super::weights::{self, FixedTensors, Hold, Shared};
 
 /// Options of compilation.
@@ -87,6 +87,8 @@ pub struct Program {
     frozen: HashMap<Slot, ir::Tensor>,
     parameters: Vec<Parameter>,
     trainable: HashMap<Slot, usize>,
+    /// Slots that only the host reads.
+    on_host: HashSet<Slot>,
     device: Device,
     autocast: Option<Kind>,
     hold: Hold,
@@ -191,6 +193,7 @@ impl Program {
             by_name.entry(names[index].clone()).or_insert(id);
         }
         Ok(Program {
+            on_host: read_on_host(&steps),
             steps,
             producers,
             names,
@@ -252,6 +255,11 @@ impl Program {
     /// Device of the program.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// True when every operator that reads the value reads it on the host, such as a flag or a length.
+    pub fn reads_on_host(&self, id: ValueId) -> bool {
+        self.on_host.contains(&id.index())
     }
 
     /// The name of a value.
@@ -376,7 +384,7 @@ impl Program {
         Ok(results)
     }
 
-    /// Moves inputs to the program's device, converts them to the computed kinds, and returns
+    /// Moves inputs to the program's device, unless only the host reads them, converts them to the computed kinds, and returns
     /// their shapes and kinds too.
     fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
         let mut signature: Signature = Vec::with_capacity(inputs.len());
@@ -387,7 +395,8 @@ impl Program {
             self.check_input(*id, tensor, kind)?;
             let kind = if Some(kind) == self.autocast { kind } else { computed_kind(kind) };
             signature.push((tensor.size(), kind));
-            let tensor = tensor.f_to_device(self.device).and_then(|tensor| tensor.f_to_kind(kind));
+            let device = if self.on_host.contains(&id.index()) { tensor.device() } else { self.device };
+            let tensor = tensor.f_to_device(device).and_then(|tensor| tensor.f_to_kind(kind));
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         Ok((signature, values))

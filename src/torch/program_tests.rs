@@ -93,3 +93,10 @@ fn the_cache_of_values_per_shape_is_bounded() {
     let before = run(1039);
     assert_eq!([run(large), run(large)], [before; 2]);
 }
+
+#[test]
+fn values_that_only_the_host_reads_are_known() {
+    let program = Program::compile(&squares(), &Options::default()).expect("compile");
+    let on_host = |name: &str| program.reads_on_host(program.value(name).expect("a value"));
+    assert_eq!(["x", "length", "size", "square"].map(on_host), [false, false, true, false]);
+}

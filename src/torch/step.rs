@@ -1,5 +1,7 @@
 //! One compiled node: its operator and the slots of its inputs and outputs.
 
+use std::collections::HashSet;
+
 use tch::{Device, Tensor};
 
 use crate::base::{Error, Result};
@@ -49,6 +51,15 @@ impl CompiledNode {
         (self.kernel)(&Args { inputs: &inputs })
     }
 
+    /// True when the operator itself reads input `index` on the host. Values that a body captures may be read anywhere.
+    fn reads_on_host(&self, index: usize) -> bool {
+        match self.row.op_type {
+            "If" => index == 0,
+            "Loop" | "Scan" => false,
+            _ => self.row.reads_on_host(index),
+        }
+    }
+
     /// The error for a failure of this step.
     pub fn error(&self, error: OpError, inputs: &[Option<&Tensor>]) -> Error {
         let shapes: Vec<String> = inputs
@@ -63,6 +74,18 @@ impl CompiledNode {
             .collect();
         Error::invalid(self.label.clone(), format!("{} (inputs: {})", error.0, shapes.join(", ")))
     }
+}
+
+/// Slots that steps read, and all of them on the host: flags, lengths and shapes.
+pub(super) fn read_on_host(steps: &[CompiledNode]) -> HashSet<Slot> {
+    let (mut on_host, mut elsewhere) = (HashSet::new(), HashSet::new());
+    for step in steps.iter().filter(|step| !step.row.shape_only) {
+        for (index, slot) in step.inputs.iter().enumerate() {
+            let place = if step.reads_on_host(index) { &mut on_host } else { &mut elsewhere };
+            place.extend(slot);
+        }
+    }
+    on_host.difference(&elsewhere).copied().collect()
 }
 
 /// Passes a step's results to `put`.

@@ -12,7 +12,7 @@ use interlace::{onnx, torch};
 use tch::{Kind, Tensor};
 
 pub const ONE_THREAD: SessionOptions =
-    SessionOptions { threads: Some(1), optimisation: Optimisation::All, exact_products: false };
+    SessionOptions { threads: Some(1), optimisation: Optimisation::All, exact_products: false, memory_limit: None };
 
 /// A tensor for ONNX Runtime with the same content.
 fn to_runtime(tensor: &Tensor) -> TensorValue {

@@ -63,9 +63,14 @@ impl Pruned {
 
 /// Starts one process for each rank with the environment of torchrun.
 fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
+    start_each(size, &|_| command())
+}
+
+/// As [`start`], with a command for each rank.
+fn start_each(size: usize, command: &dyn Fn(usize) -> Command) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
     let rank = |rank: usize| {
-        let mut command = command();
+        let mut command = command(rank);
         command.env("WORLD_SIZE", size.to_string()).env("MASTER_ADDR", "127.0.0.1");
         command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
         command.env("MASTER_PORT", port.to_string()).spawn().expect("a process")
@@ -109,6 +114,24 @@ fn two_and_four_processes_give_the_losses_of_one() {
     }
 }
 
+/// The first process decides how steps are cut into passes, also where another one's limits would cut them differently.
+#[test]
+fn processes_with_other_limits_cut_steps_as_the_first_one_does() {
+    let pruned = Pruned::new();
+    let recipe = ["--recipe", "paper", "--learning-rate", "1e-5", "--max-steps", "2"];
+    let alone = pruned.command(&recipe, "alone").output().expect("a process");
+    assert!(alone.status.success(), "{}", stderr(&alone));
+    let children = start_each(2, &|rank| {
+        let mut command = pruned.command(&recipe, "limited");
+        command.args(["--batch-tokens", ["128", "4096"][rank]]);
+        command
+    });
+    for (rank, output) in ended(children).iter().enumerate() {
+        assert!(output.status.success(), "rank {rank}: {}", stderr(output));
+    }
+    close(&pruned.losses("limited"), &pruned.losses("alone"));
+}
+
 #[test]
 fn a_killed_process_ends_the_others_and_the_run_resumes() {
     let pruned = Pruned::new();
@@ -126,9 +149,12 @@ fn a_killed_process_ends_the_others_and_the_run_resumes() {
         std::thread::sleep(Duration::from_millis(2));
     }
     children[1].kill().expect("killed");
+    let killed = Instant::now();
     for output in ended(children) {
         assert!(!output.status.success());
     }
+    // Within seconds; the limit leaves room for a busy machine.
+    assert!(killed.elapsed() < Duration::from_secs(60), "the other process ended after {:?}", killed.elapsed());
     assert!(!pruned.here().join("killed").exists());
 
     let again: Vec<&str> = recipe.iter().copied().chain(["--resume"]).collect();

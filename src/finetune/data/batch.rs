@@ -283,12 +283,6 @@ impl TrainingSet {
         self.batch_with(samples, self.wanted.clone(), true, device)
     }
 
-    /// True when the dense model's stream after the layer is stored.
-    pub fn has_target(&self, layer: usize) -> bool {
-        let targets = self.window.as_ref().map_or(&self.targets, |window| &window.set.targets);
-        targets.streams.iter().any(|target| target.point == layer + 1)
-    }
-
     /// The batch of these samples, with the dense model's stream after the layers `wanted` (None for all), and with its
     /// answer distributions if `answers` is true. Other targets are not read.
     ///
@@ -410,37 +404,37 @@ impl TrainingBatch {
     /// The batch in pinned host memory, so that a copy to the GPU can be asynchronous.
     ///
     /// Errors: `Error::Engine` when LibTorch has no GPU.
-    pub fn pinned(self, device: Device) -> Result<TrainingBatch> {
-        self.moved(|tensor| tensor.f_pin_memory(device))
+    pub fn pinned(self) -> Result<TrainingBatch> {
+        self.moved(crate::torch::pinned)
     }
 
     /// The batch on `device`. A copy from pinned memory is asynchronous.
     ///
     /// Errors: `Error::Engine` when LibTorch has no such device.
     pub fn to(self, device: Device) -> Result<TrainingBatch> {
-        self.moved(|tensor| tensor.f_to_device_(device, tensor.f_kind()?, true, false))
+        self.moved(|tensor| {
+            let copy = || tensor.f_to_device_(device, tensor.f_kind()?, true, false);
+            copy().map_err(torch_error("a batch"))
+        })
     }
 
-    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor, tch::TchError>) -> Result<TrainingBatch> {
-        let all = |batch: TrainingBatch| -> Result<TrainingBatch, tch::TchError> {
-            let streams = batch.streams.iter().map(|(point, stream)| Ok((*point, place(stream)?)));
-            let streams = streams.collect::<Result<_, tch::TchError>>()?;
-            let top_k = match &batch.top_k {
-                Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
-                None => None,
-            };
-            Ok(TrainingBatch {
-                hidden: place(&batch.hidden)?,
-                step: batch.step,
-                answer_rows: place(&batch.answer_rows)?,
-                targets: place(&batch.targets)?,
-                answer_tokens: batch.answer_tokens,
-                real_rows: place(&batch.real_rows)?,
-                streams,
-                top_k,
-            })
+    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor>) -> Result<TrainingBatch> {
+        let streams = self.streams.iter().map(|(point, stream)| Ok((*point, place(stream)?)));
+        let streams = streams.collect::<Result<_>>()?;
+        let top_k = match &self.top_k {
+            Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
+            None => None,
         };
-        all(self).map_err(torch_error("a batch"))
+        Ok(TrainingBatch {
+            hidden: place(&self.hidden)?,
+            step: self.step,
+            answer_rows: place(&self.answer_rows)?,
+            targets: place(&self.targets)?,
+            answer_tokens: self.answer_tokens,
+            real_rows: place(&self.real_rows)?,
+            streams,
+            top_k,
+        })
     }
 }
 
@@ -499,6 +493,37 @@ mod tests {
         assert_eq!(ints(&batch.answer_rows), [0, 5, 6]);
         assert_eq!(ints(&batch.targets), [6, 7, 8]);
         assert_eq!(batch.answer_tokens, 3);
+    }
+
+    /// Pinning and moving keep every tensor of a batch; without a GPU, pinning is an error and not a copy.
+    #[test]
+    fn a_moved_batch_has_the_same_tensors() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut set = training_set(folder.path());
+        let rows = |name: &str, element, width: usize, rows: usize| {
+            let mut writer = RowsWriter::create(&folder.path().join(name), element).unwrap();
+            writer.push(&(0..width * rows).map(|n| n as f32).collect::<Vec<_>>(), rows).unwrap();
+            writer.finish().unwrap()
+        };
+        set.targets.streams.push(StreamTarget { rows: rows("streams", RowDtype::Bf16, 2, 6), point: 1 });
+        set.targets.answers = Some(rows("answers", RowDtype::F32, 4, 3));
+        let made = || set.batch(&[1, 0], Device::Cpu).unwrap();
+        let tensors = |batch: &TrainingBatch| {
+            let TopK { log_probs, tokens } = batch.top_k.as_ref().unwrap();
+            let all = [&batch.hidden, &batch.answer_rows, &batch.targets, &batch.real_rows, log_probs, tokens];
+            all.into_iter().chain(batch.streams.values()).map(Tensor::shallow_clone).collect::<Vec<_>>()
+        };
+        let before = tensors(&made());
+        let equal = |batch: &TrainingBatch| {
+            assert!(before.iter().zip(tensors(batch)).all(|(a, b)| a.kind() == b.kind() && a.equal(&b)));
+            assert_eq!((batch.step.batch(), batch.step.time(), batch.answer_tokens), (2, 4, 3));
+        };
+        equal(&made().to(Device::Cpu).unwrap());
+        equal(&made().moved(|tensor| Ok(tensor.copy())).unwrap());
+        match crate::torch::cuda_device(0) {
+            Ok(_) => equal(&made().pinned().unwrap()),
+            Err(_) => assert!(matches!(made().pinned().unwrap_err(), Error::Engine { .. })),
+        }
     }
 
     /// The fit of one layer reads the dense model's stream behind that layer, not behind all of them.

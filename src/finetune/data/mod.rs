@@ -8,6 +8,8 @@ mod source;
 mod streamed;
 mod teacher;
 
+#[cfg(test)]
+pub use batch::Example;
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};

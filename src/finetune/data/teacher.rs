@@ -11,7 +11,7 @@ use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thre
 use crate::bundle::{Bundle, Role};
 use crate::data::LeftOut;
 use crate::finetune::loss;
-use crate::finetune::plan::{Point, points};
+use crate::finetune::plan::{Point, points, session_bytes};
 use crate::finetune::settings::Settings;
 use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
@@ -50,6 +50,8 @@ pub struct TeacherRequest<'a> {
     pub data_digest: &'a Sha256Digest,
     pub settings: &'a Settings,
     pub device: Device,
+    /// The most bytes of a GPU that the dense model takes; `None` for no limit.
+    pub memory_limit: Option<u64>,
     pub work: &'a Path,
     pub features: &'a Arc<FeatureCache>,
 }
@@ -145,9 +147,9 @@ impl Dense {
         points(teacher.kept, teacher.anchors, trained, first, self.analysis.map.layers.len(), settings)
     }
 
-    /// Bytes of the decoder's weights.
-    pub fn weight_bytes(&self) -> u64 {
-        self.analysis.model.graph.body.initializers.iter().map(|(_, tensor)| tensor.byte_len()).sum()
+    /// Bytes that ONNX Runtime holds of the decoder's weights.
+    pub fn session_bytes(&self, on_gpu: bool) -> u64 {
+        session_bytes(&self.analysis.model.graph, on_gpu)
     }
 }
 
@@ -312,6 +314,11 @@ impl TeacherTargets<'_> {
         Ok(filled)
     }
 
+    /// Lets go of the pages of the dense model's file. They are read again when the model is loaded again.
+    pub fn release(&self) {
+        self.analysis.model.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
+    }
+
     /// Limit on the rows of logits that one run computes.
     fn logit_rows(&self) -> usize {
         self.vocabulary.map_or(1, |vocabulary| (LOGIT_BYTES / (4 * vocabulary.max(1))).max(1))
@@ -325,7 +332,11 @@ impl TeacherTargets<'_> {
         let shape = vec![Dim::Known(1), Dim::Unknown, port.shape.last().cloned().unwrap_or(Dim::Unknown)];
         model.graph.values[input.index()].ty = Some(ValueType::Tensor { dtype: port.dtype, shape: Some(shape) });
         let part = extract(&model, &[input], &[self.analysis.map.result])?;
-        Runtime::new(self.request.device)?.session_of(&part, &SessionOptions::default())
+        Runtime::new(self.request.device)?.session_of(&part, &self.options())
+    }
+
+    fn options(&self) -> SessionOptions {
+        SessionOptions { memory_limit: self.request.memory_limit, ..SessionOptions::default() }
     }
 
     /// [`top_k`] of each of `count` rows of the head's input, `[count, 2 * k]`.
@@ -368,7 +379,7 @@ impl TeacherTargets<'_> {
         let TeacherRequest { teacher, device, features, .. } = &self.request;
         let part = extract(&self.analysis.model, &[], outputs)?;
         let runtime = Runtime::new(*device)?;
-        let options = SessionOptions::default();
+        let options = self.options();
         let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
         let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
@@ -411,6 +422,8 @@ impl TeacherTargets<'_> {
             }
             Ok(())
         })?;
+        drop(model);
+        self.release();
         Ok(found)
     }
 

@@ -3,9 +3,9 @@
 use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
-use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData};
+use super::planned::{ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
 use super::run_plan::{PlanInputs, RunPlan};
-use super::{PROCESS_BYTES, WINDOW_BYTES};
+use super::{CUDA_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
@@ -26,117 +26,151 @@ impl RunPlan {
 
 /// Lists every item of memory and disk.
 fn items(plan: &RunPlan, inputs: &PlanInputs<'_>) -> Vec<PlannedBytes> {
-    let PlanInputs { settings, sizes, .. } = inputs;
-    let mut items = Vec::new();
-    let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
-        if bytes > 0 {
-            items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
-        }
-    };
-    let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
-    let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
-    let elements = sizes.trained_elements();
-    let workers = plan.workers;
-    let now = match plan.order {
-        // Only one layer's state is held at a time.
-        Order::LayerByLayer => elements.div_ceil(inputs.layers.len().max(1) as u64),
-        _ => elements,
-    };
-    if plan.frozen_before > 0 || inputs.teacher_bytes > 0 {
-        let bytes = sizes.prefix_bytes.max(inputs.teacher_bytes);
-        add(
-            Phase::Teacher,
-            Place::Memory,
-            "ONNX Runtime's weights",
-            bytes,
-            "frozen layers before, or the dense model".into(),
-        );
-        if plan.streamed {
-            // The models remain loaded during the steps.
-            let dense = if plan.targets.len() > 1 { inputs.teacher_bytes } else { 0 };
-            let formula = "rows are computed between steps".to_string();
-            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
+    let mut list = List { items: Vec::new(), plan, inputs };
+    list.models();
+    for phase in [Phase::Fit, Phase::Steps] {
+        if phase == Phase::Fit && plan.fit.is_some() || phase == Phase::Steps && !plan.stages.is_empty() {
+            list.weights(phase);
         }
     }
-    for phase in [Phase::Fit, Phase::Steps] {
-        if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
-            continue;
+    if let Some(fit) = &plan.fit {
+        list.fit(fit);
+    }
+    if !plan.stages.is_empty() {
+        list.steps();
+    }
+    if plan.streamed {
+        let formula = "computed together, longer steps aside".to_string();
+        list.add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, formula);
+    }
+    for target in plan.targets.iter().filter(|target| target.written) {
+        list.add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
+    }
+    list.items
+}
+
+/// Items that are being listed.
+struct List<'a> {
+    items: Vec<PlannedBytes>,
+    plan: &'a RunPlan,
+    inputs: &'a PlanInputs<'a>,
+}
+
+impl List<'_> {
+    fn add(&mut self, phase: Phase, place: Place, what: &str, bytes: u64, formula: String) {
+        if bytes > 0 {
+            self.items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
         }
-        add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
-        add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
-        add(
-            phase,
-            Place::Memory,
-            "fitted weights",
-            4 * sizes.written,
-            format!("4 x {}, which no step moves", sizes.written),
-        );
+    }
+
+    /// Where tensors are kept that no product reads: a run on a GPU moves them to the host.
+    fn aside(&self) -> Place {
+        if self.inputs.on_gpu { Place::Host } else { Place::Memory }
+    }
+
+    /// The process, and the models that ONNX Runtime runs.
+    fn models(&mut self) {
+        let (plan, inputs) = (self.plan, self.inputs);
+        let (process, formula) = match inputs.on_gpu {
+            true => (CUDA_BYTES, "CUDA context, kernels and workspaces"),
+            false => (PROCESS_BYTES, "code, graph, file buffers"),
+        };
+        for (phase, held) in
+            [(Phase::Teacher, true), (Phase::Fit, plan.fit.is_some()), (Phase::Steps, !plan.stages.is_empty())]
+        {
+            let bytes = if held { process } else { 0 };
+            self.add(phase, Place::Memory, PROCESS, bytes, formula.into());
+        }
+        let formula = "frozen layers before, or the dense model, with what embeds prompts".to_string();
+        self.add(Phase::Teacher, Place::Memory, ONNX_RUNTIME, inputs.sessions.one_at_a_time(), formula);
+        let loaded = if plan.streamed { inputs.sessions.together(plan.reads_dense()) } else { 0 };
+        let formula = "rows are computed between steps".to_string();
+        self.add(Phase::Steps, Place::Memory, ONNX_RUNTIME, loaded, formula.clone());
+        if let Some(fit) = &plan.fit {
+            self.add(Phase::Fit, Place::Memory, ONNX_RUNTIME, loaded, formula);
+            if fit.together < fit.computed {
+                let formula = format!("targets of {} of {} layers at a time", fit.together, fit.computed);
+                self.add(Phase::Fit, Place::Memory, "dense model", inputs.sessions.dense, formula);
+            }
+        }
+    }
+
+    /// The student's weights, which it holds in the fit and in the steps.
+    fn weights(&mut self, phase: Phase) {
+        let (plan, sizes) = (self.plan, self.inputs.sizes);
+        let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
+        let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
+        let elements = sizes.trained_elements();
+        self.add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
+        self.add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
+        let formula = format!("4 x {}, which no step moves", sizes.written);
+        self.add(phase, Place::Memory, "fitted weights", 4 * sizes.written, formula);
         if plan.frozen_as_stored {
             let (kind, part) = if plan.precision == Precision::Bf16 { ("bf16", 2) } else { ("f32", 1) };
             let copies = sizes.layer_widened_bytes.max(sizes.head_widened_bytes) / part;
             let formula = format!("{kind} copies of one layer's weights, or of the head's");
-            add(phase, Place::Memory, "weights in use", workers * copies, formula);
+            self.add(phase, Place::Memory, "weights in use", plan.workers * copies, formula);
         }
-        add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
     }
-    if let Some(fit) = &plan.fit {
-        let each = super::sum_bytes(fit.widest, sizes.hidden_size);
-        let normal = each * fit.widest * (fit.widest + sizes.hidden_size);
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "normal matrices",
-            2 * normal,
-            format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, sizes.hidden_size),
-        );
-        add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
-        let held = 6 * fit.tokens * sizes.hidden_size;
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "streams of the fit",
-            held,
-            format!("6 x {} x {}", fit.tokens, sizes.hidden_size),
-        );
+
+    fn fit(&mut self, fit: &PlannedFit) {
+        let width = self.inputs.sizes.hidden_size;
+        let each = sum_bytes(fit.widest, width);
+        let normal = each * fit.widest * (fit.widest + width);
+        let formula = format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, width);
+        self.add(Phase::Fit, Place::Memory, "normal matrices", 2 * normal, formula);
+        let formula = format!("16 x {0} x {0}", fit.widest);
+        self.add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, formula);
+        let formula = format!("4 x {} x {width}", fit.tokens);
+        self.add(Phase::Fit, Place::Memory, "streams of the fit", 4 * fit.tokens * width, formula);
+        let together = fit.together.min(fit.computed);
+        let formula = format!("2 x {} x {width} x {together} layers", fit.tokens);
+        self.add(Phase::Fit, self.aside(), "targets of the fit", 2 * fit.tokens * width * together, formula);
+        let formula = format!("4 x {}, until the fit ends", fit.elements);
+        self.add(Phase::Fit, self.aside(), "weights before the fit", 4 * fit.elements, formula);
     }
-    if !plan.stages.is_empty() {
+
+    fn steps(&mut self) {
+        let (plan, inputs) = (self.plan, self.inputs);
+        let PlanInputs { settings, sizes, .. } = inputs;
+        let (elements, workers) = (sizes.trained_elements(), plan.workers);
+        let now = match plan.order {
+            // Only one layer's state is held at a time.
+            Order::LayerByLayer => elements.div_ceil(inputs.layers.len().max(1) as u64),
+            _ => elements,
+        };
         // Without checkpointing a pass has the gradients of all weights before they are added to those of earlier passes.
         let each = if plan.gradient_checkpointing || passes_per_step(plan, settings) <= 1 { 4 } else { 8 };
         let formula = format!("{each} x {now} x {workers} networks");
-        add(Phase::Steps, Place::Memory, "gradients", each * now * workers, formula);
+        self.add(Phase::Steps, Place::Memory, "gradients", each * now * workers, formula);
         if plan.precision == Precision::Bf16 {
             let run = if plan.gradient_checkpointing { inputs.layers.len().max(1) as u64 } else { 1 };
             let (bytes, formula) = (2 * now.div_ceil(run), format!("2 x {}", now.div_ceil(run)));
-            add(Phase::Steps, Place::Memory, "trained weights in bf16", bytes * workers, formula);
+            self.add(Phase::Steps, Place::Memory, "trained weights in bf16", bytes * workers, formula);
         }
         // In 128 bits: bytes times elements of two billion parameters do not fit into 64.
         let all = u128::from(state_bytes(settings.optimizer.kind, &sizes.trained));
         let state = u64::try_from(all * u128::from(now) / u128::from(elements.max(1))).unwrap_or(u64::MAX);
-        add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
+        self.add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
         let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
-        add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
+        self.add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, inputs);
-        add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
-        let checkpoint = 4 * now
-            + state
-            + mean
-            + 4 * sizes.written
-            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
-        add(Phase::Steps, Place::Disk, "checkpoint", checkpoint, "weights and state".to_string());
-        let (steps, every) =
-            (plan.stages.iter().map(|stage| stage.steps).sum::<u64>(), settings.schedule.checkpoint_every);
+        self.add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
+        if plan.search.is_some() {
+            let written = elements + sizes.written;
+            let formula = format!("4 x {written}, during the trials");
+            self.add(Phase::Steps, self.aside(), "weights before the search", 4 * written, formula);
+        }
+        let layered = if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
+        let checkpoint = 4 * now + state + mean + 4 * sizes.written + layered;
+        self.add(Phase::Steps, Place::Disk, "checkpoint", checkpoint, "weights and state".to_string());
+        let steps = plan.stages.iter().map(|stage| stage.steps).sum::<u64>();
+        let every = settings.schedule.checkpoint_every;
         if steps.saturating_sub(1).checked_div(every).unwrap_or(0) > 1 {
             let formula = "until the next one is complete".to_string();
-            add(Phase::Steps, Place::Disk, "checkpoint before it", checkpoint, formula);
+            self.add(Phase::Steps, Place::Disk, "checkpoint before it", checkpoint, formula);
         }
     }
-    if plan.streamed {
-        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
-    }
-    for target in plan.targets.iter().filter(|target| target.written) {
-        add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
-    }
-    items
 }
 
 /// Passes of one network in a step of samples of the usual length.

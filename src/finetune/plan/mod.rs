@@ -7,6 +7,7 @@ pub mod order;
 mod planned;
 mod points;
 mod run_plan;
+mod sessions;
 mod sizes;
 mod step_range;
 
@@ -15,6 +16,7 @@ pub use order::StepSamples;
 pub use planned::{PlannedBytes, PlannedData};
 pub use points::{Point, anchor_points, points};
 pub use run_plan::{PlanInputs, RunPlan};
+pub use sessions::{Sessions, session_bytes};
 pub use sizes::Sizes;
 pub use step_range::{StepRange, TrialPlan};
 
@@ -22,6 +24,12 @@ pub use step_range::{StepRange, TrialPlan};
 pub const WINDOW_BYTES: u64 = 64 << 20;
 /// Bytes of a process with nothing loaded: code, graph, file buffers.
 pub const PROCESS_BYTES: u64 = 250 << 20;
+/// Bytes of a GPU that a process takes before it has a weight there: the CUDA context with the libraries' kernels, and the
+/// workspaces of cuBLAS for LibTorch and ONNX Runtime. Estimated from their documentation; no GPU has measured it.
+pub const CUDA_BYTES: u64 = 640 << 20;
+/// Maximum number of tokens of a forward pass of a fit, padding included; a longer sample forms a pass of its own. It is
+/// independent of `batch_tokens`, so the fit does not depend on how steps are cut into passes.
+pub const FIT_PASS_TOKENS: usize = 512;
 /// Maximum number of tokens that a fit uses.
 pub const FIT_TOKENS: u64 = 1 << 17;
 

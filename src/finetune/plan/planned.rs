@@ -5,6 +5,10 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Names of items that errors refer to.
+pub(super) const PROCESS: &str = "process";
+pub(super) const ONNX_RUNTIME: &str = "ONNX Runtime's weights";
+
 /// Order in which layers are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -48,6 +52,16 @@ pub struct PlannedFit {
     pub widest: u64,
     /// Maximum number of tokens that the fit uses.
     pub tokens: u64,
+    /// Number of elements of the fitted weights.
+    #[serde(default)]
+    pub elements: u64,
+    /// Number of layers whose targets the dense model computes for the fit; it writes the others for the losses.
+    #[serde(default)]
+    pub computed: u64,
+    /// Number of layers whose targets the dense model computes together. When it is smaller than `computed`, the dense
+    /// model is loaded again during the fit.
+    #[serde(default)]
+    pub together: u64,
 }
 
 /// An output of the dense model or of the frozen layers that the run needs.
@@ -86,6 +100,8 @@ pub struct PlannedData {
 pub enum Place {
     /// Memory of the training device.
     Memory,
+    /// Host memory of a run on a GPU.
+    Host,
     /// The work folder.
     Disk,
 }

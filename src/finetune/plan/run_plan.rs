@@ -7,11 +7,15 @@ use crate::base::{Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
+use crate::torch::Ranks;
 
-use super::PROCESS_BYTES;
 use super::limits::Limits;
-use super::planned::{Order, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget};
+use super::planned::{
+    ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage,
+    PlannedTarget,
+};
 use super::points::Point;
+use super::sessions::Sessions;
 use super::sizes::Sizes;
 use super::step_range::{StepRange, TrialPlan};
 
@@ -25,6 +29,11 @@ const MOST_GRADIENT_BYTES: u64 = 256 << 20;
 const CPU_BATCH_TOKENS: u64 = 512;
 /// Rows below this size are written to disk even when the run reads them once, so that the next run can reuse them.
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
+/// Readers of outputs other than loss terms.
+const STEPS: &str = "steps";
+const FIT: &str = "fit";
+/// Memory, in bytes, that the targets of a fit may always take.
+const TARGET_BYTES: u64 = 1 << 30;
 
 /// The plan of a run, made before it begins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -105,10 +114,14 @@ pub struct PlanInputs<'a> {
     pub sizes: &'a Sizes,
     /// Products to fit in each trained layer.
     pub fitted: &'a [FitTarget],
-    /// Points at which the stream is compared with the dense model's.
+    /// Points at which loss terms compare the stream with the dense model's.
     pub points: &'a [Point],
-    /// Bytes of the dense model's weights.
-    pub teacher_bytes: u64,
+    /// Points that only the fit compares.
+    pub fit_points: &'a [Point],
+    /// Bytes of the models that ONNX Runtime runs.
+    pub sessions: Sessions,
+    /// Free memory of the host, in bytes; `None` where it is not known.
+    pub host_bytes: Option<u64>,
     /// The samples.
     pub data: PlannedData,
     /// Limits that the user set.
@@ -127,6 +140,22 @@ impl RunPlan {
     ///
     /// [`RunPlan::check`] reports a plan that exceeds its limits.
     pub fn resolve(inputs: &PlanInputs<'_>) -> Self {
+        let plan = Self::with_rows(inputs, inputs.streamed());
+        if plan.fits == Some(false)
+            && plan.streamed
+            && inputs.streamed.is_none()
+            && plan.row_bytes() <= plan.cache_limit_bytes
+        {
+            // Rows on disk let the models that compute them go before the steps.
+            let kept = Self::with_rows(inputs, false);
+            if kept.fits == Some(true) {
+                return kept;
+            }
+        }
+        plan
+    }
+
+    fn with_rows(inputs: &PlanInputs<'_>, streamed: bool) -> Self {
         let PlanInputs { settings, sizes, limits, data, .. } = inputs;
         let first = inputs.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
@@ -155,11 +184,11 @@ impl RunPlan {
             search: inputs.search(),
             stages: inputs.stages(),
             data: data.clone(),
-            targets: inputs.targets(!inputs.streamed()),
+            targets: inputs.targets(!streamed),
             workers: if one { 1 } else { limits.workers.unwrap_or(inputs.cores) },
             threads: if one { inputs.cores } else { 1 },
             batch_tokens: asked.max(longest),
-            streamed: inputs.streamed(),
+            streamed,
             cache_limit_bytes: limits.cache.unwrap_or(inputs.cache_bytes),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,
@@ -198,6 +227,32 @@ impl RunPlan {
         }
     }
 
+    /// Takes the numbers from the first process that determine how a step is cut into passes. All processes compute shares of
+    /// the same passes.
+    ///
+    /// Errors: as `Ranks::from_first`.
+    pub fn take_passes_of_first(&mut self, ranks: &Ranks) -> Result<()> {
+        let own = [self.workers, self.batch_tokens, u64::from(self.gradient_checkpointing)];
+        let first = ranks.from_first(&own.map(u64::to_le_bytes).concat())?;
+        if let [workers, batch_tokens, checkpointing] = *first.as_chunks::<8>().0 {
+            self.workers = u64::from_le_bytes(workers);
+            self.batch_tokens = u64::from_le_bytes(batch_tokens);
+            self.gradient_checkpointing = u64::from_le_bytes(checkpointing) == 1;
+        }
+        Ok(())
+    }
+
+    /// Bytes of all rows that steps read.
+    fn row_bytes(&self) -> u64 {
+        let read = |target: &&PlannedTarget| target.read_by.iter().any(|by| by != FIT);
+        self.targets.iter().filter(read).map(|target| target.bytes).sum()
+    }
+
+    /// True when a loss term reads the dense model's outputs.
+    pub(super) fn reads_dense(&self) -> bool {
+        self.targets.iter().flat_map(|target| &target.read_by).any(|by| by != STEPS && by != FIT)
+    }
+
     /// Errors: `Error::Invalid` when the plan exceeds the memory limit, or when layer-by-layer training needs more rows
     /// on disk than the limit allows.
     pub fn check(&self) -> Result<()> {
@@ -212,27 +267,47 @@ impl RunPlan {
                 .remedy("allow more with `--cache-bytes`, draw fewer samples, or take the recipe `best`"));
         }
         match (self.fits, self.memory_limit_bytes) {
-            (Some(false), Some(limit)) => {
-                let largest =
-                    self.bytes.iter().filter(|item| item.place == Place::Memory).max_by_key(|item| item.bytes);
-                let largest = largest.map(|item| format!("{} {}", item.what, human_bytes(item.bytes)));
-                let problem = format!(
-                    "takes {} and the limit is {}; the largest part: {}",
-                    human_bytes(self.memory_bytes),
-                    human_bytes(limit),
-                    largest.unwrap_or_default()
-                );
-                if limit < PROCESS_BYTES {
-                    let least = human_bytes(PROCESS_BYTES);
-                    return Err(Error::invalid("this run", problem)
-                        .remedy(format!("no setting goes below {least}: allow more with `--memory`")));
-                }
-                Err(Error::invalid("this run", problem).remedy(
-                    "set `--lora-rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
-                ))
-            }
+            (Some(false), Some(limit)) => Err(self.exceeds(limit)),
             _ => Ok(()),
         }
+    }
+
+    /// The error of a plan that exceeds the memory limit.
+    fn exceeds(&self, limit: u64) -> Error {
+        let in_memory = || self.bytes.iter().filter(|item| item.place == Place::Memory);
+        let largest = in_memory().max_by_key(|item| item.bytes);
+        let largest = largest.map(|item| format!("{} {}", item.what, human_bytes(item.bytes)));
+        let mut problem = format!(
+            "takes {} and the limit is {}; the largest part: {}",
+            human_bytes(self.memory_bytes),
+            human_bytes(limit),
+            largest.unwrap_or_default()
+        );
+        let least = in_memory().filter(|item| item.what == PROCESS).map(|item| item.bytes).max().unwrap_or(0);
+        if limit < least {
+            let least = human_bytes(least);
+            let remedy = format!("no setting goes below {least}: allow more with `--memory`");
+            return Error::invalid("this run", problem).remedy(remedy);
+        }
+        let rows = self.row_bytes();
+        let loaded = in_memory().find(|item| item.phase == Phase::Steps && item.what == ONNX_RUNTIME);
+        let mut remedy = String::new();
+        if let Some(loaded) = loaded.filter(|_| rows > self.cache_limit_bytes) {
+            problem += &format!(
+                ". {} of it are the models that compute rows between steps: {} of rows of {} tokens exceed the {} that may be \
+                 kept on disk",
+                human_bytes(loaded.bytes),
+                human_bytes(rows),
+                self.data.tokens,
+                human_bytes(self.cache_limit_bytes)
+            );
+            remedy = format!(
+                "keep the rows with `--cache-bytes {}`, draw fewer samples, ",
+                format_args!("{}GB", rows.div_ceil(1_000_000_000))
+            );
+        }
+        remedy += "set `--lora-rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts";
+        Error::invalid("this run", problem).remedy(remedy)
     }
 
     /// Summary of the plan in one line.
@@ -263,6 +338,14 @@ impl RunPlan {
 }
 
 impl PlanInputs<'_> {
+    /// Bytes that the dense model's stream for a fit may take. On a GPU it is kept in host memory. On a CPU it may take as
+    /// much as the dense model itself, which would otherwise be loaded again during the fit.
+    fn target_room(&self) -> u64 {
+        let half = self.host_bytes.map_or(TARGET_BYTES, |bytes| bytes / 2);
+        let most = if self.on_gpu { half } else { self.sessions.dense.min(half) };
+        most.max(TARGET_BYTES)
+    }
+
     fn fit(&self) -> Option<PlannedFit> {
         if !self.settings.fit.enabled {
             return None;
@@ -271,8 +354,15 @@ impl PlanInputs<'_> {
             self.fitted.iter().flat_map(|target| &target.products).flatten().map(|p| p.width as u64).collect();
         let widest = products.iter().copied().max().unwrap_or(0);
         let most = self.settings.fit_budget(widest).min(super::FIT_TOKENS);
-        let layers = self.fitted.len() as u64;
-        Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
+        let tokens = most.min(self.data.tokens);
+        let elements = products.iter().sum::<u64>() * self.sizes.hidden_size;
+        let kept = |layer: usize| self.points.iter().any(|point| point.student == self.first + layer + 1);
+        let computed =
+            self.fitted.iter().filter(|target| target.products.is_ok() && !kept(target.layer)).count() as u64;
+        let each = 2 * tokens * self.sizes.hidden_size;
+        let together = (self.target_room() / each.max(1)).clamp(1, computed.max(1));
+        let (layers, products) = (self.fitted.len() as u64, products.len() as u64);
+        Some(PlannedFit { layers, products, widest, tokens, elements, computed, together })
     }
 
     /// True when rows are computed when a step needs them: they exceed the disk limit, or they are read only once and
@@ -342,7 +432,7 @@ impl PlanInputs<'_> {
         let first = self.first;
         let mut targets = vec![PlannedTarget {
             what: format!("stream before layer {first}"),
-            read_by: vec!["steps".to_string()],
+            read_by: vec![STEPS.to_string()],
             tokens,
             bytes: 4 * tokens * width,
             written: keeps,
@@ -350,7 +440,7 @@ impl PlanInputs<'_> {
         if self.sizes.side_width > 0 {
             targets.push(PlannedTarget {
                 what: "features of pictures and embeddings that layers read".to_string(),
-                read_by: vec!["steps".to_string()],
+                read_by: vec![STEPS.to_string()],
                 tokens,
                 bytes: 4 * tokens * self.sizes.side_width,
                 written: keeps,
@@ -360,12 +450,11 @@ impl PlanInputs<'_> {
             let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
         };
-        for point in self.points {
+        for (point, kept) in self.points.iter().map(|p| (p, true)).chain(self.fit_points.iter().map(|p| (p, false))) {
             let behind_trained = self.layers.contains(&(point.student - 1));
-            let mut read_by = by_terms(TeacherOutput::Stream);
-            let kept = !read_by.is_empty();
+            let mut read_by = if kept { by_terms(TeacherOutput::Stream) } else { Vec::new() };
             if self.settings.fit.enabled && behind_trained {
-                read_by.push("fit".to_string());
+                read_by.push(FIT.to_string());
             }
             let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
             let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);

@@ -20,8 +20,6 @@ pub struct Sizes {
     pub layer_widened_bytes: u64,
     /// Bytes of the f32 copies of the head's weights of 16 bits or less.
     pub head_widened_bytes: u64,
-    /// Bytes of the weights before the first trained layer, as stored in the file.
-    pub prefix_bytes: u64,
     /// Shape of each trained weight.
     pub trained: Vec<Vec<u64>>,
     /// Number of elements of the weights that a fit writes and no step trains.
@@ -63,9 +61,6 @@ impl Sizes {
             None => tensor.byte_len(),
         };
         for (id, tensor) in &graph.body.initializers {
-            if before.contains(id) && !read.contains(id) {
-                sizes.prefix_bytes += tensor.byte_len();
-            }
             if read.contains(id) && !trained.contains(id) {
                 sizes.frozen_bytes += tensor.byte_len();
                 sizes.widened_bytes += widened(id, tensor);

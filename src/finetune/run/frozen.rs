@@ -6,6 +6,7 @@ use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
 use crate::finetune::cut::{Cut, SideInputs, row_inputs};
 use crate::finetune::data::{Frozen, LazySession, RowStore, Streamed, StreamedParts, TeacherTargets, TrainingSet};
+use crate::finetune::plan::session_bytes;
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
@@ -35,21 +36,29 @@ impl<'a> FrozenLayers<'a> {
         Ok(FrozenLayers { request, prefix, fed, embeds_only })
     }
 
+    /// Bytes that ONNX Runtime holds of the weights.
+    pub fn session_bytes(&self, on_gpu: bool) -> u64 {
+        session_bytes(&self.fed.graph, on_gpu)
+    }
+
     fn session(&self) -> Result<VlmSession> {
         let request = self.request;
         let runtime = Runtime::new(request.device)?;
-        let options = SessionOptions::default();
+        let options = SessionOptions { memory_limit: request.limits.memory, ..SessionOptions::default() };
         let head_dim = request.bundle.config().and_then(|config| config.head_size());
         let decoder = Decoder::prefill_only(runtime.session_of(&self.fed, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
     }
 
     /// The value of the dense model that equals the frozen layers' output; `None` when there is none.
-    fn in_dense(&self, targets: &TeacherTargets<'_>) -> Result<Option<Frozen>> {
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn in_dense(&self, targets: &TeacherTargets<'_>) -> Result<Option<Frozen>> {
         targets.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
     }
 
-    /// Computes the frozen layers' output for all samples and writes it to disk. The dense model computes it together
+    /// Computes the frozen layers' output for all samples and writes it to disk. `in_dense`: as [`FrozenLayers::in_dense`].
+    /// The dense model computes it together
     /// with its own targets when it contains the same layers and its targets are not on disk yet; otherwise the frozen
     /// layers are run.
     ///
@@ -58,39 +67,43 @@ impl<'a> FrozenLayers<'a> {
         &self,
         store: &RowStore,
         targets: Option<&TeacherTargets<'_>>,
+        in_dense: Option<Frozen>,
         cancel: &Cancel,
     ) -> Result<(TrainingSet, LeftOut)> {
         let data = self.request.data;
-        if let Some(targets) = targets.filter(|targets| !targets.files_exist())
-            && let Some(frozen) = self.in_dense(targets)?
-        {
+        if let (Some(targets), Some(frozen)) = (targets.filter(|targets| !targets.files_exist()), in_dense) {
             let mut running = targets.running(Some(frozen));
             let frozen = Some((frozen, store));
-            if let Some(filled) = targets.fill(data, targets.files(), frozen, &mut running, "dense model", cancel)? {
+            let filled = targets.fill(data, targets.files(), frozen, &mut running, "dense model", cancel)?;
+            drop(running);
+            targets.release();
+            if let Some(filled) = filled {
                 return Ok(filled);
             }
         }
         let max_tokens = self.request.settings.data.max_tokens as usize;
         let mut prefix = LazySession::new(|| self.session());
-        store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
+        let filled = store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel);
+        drop(prefix);
+        self.fed.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
+        filled
     }
 
     /// A source that computes the frozen layers' output and the dense model's targets when steps need them. `width` is
     /// the stream's width.
-    ///
-    /// Errors: `Error::Io` when a file cannot be read.
     pub fn streamed<'s>(
         &'s self,
         side: SideInputs,
         targets: Option<&'s TeacherTargets<'s>>,
+        in_dense: Option<Frozen>,
         (work, width): (&Path, u64),
         cancel: &'s Cancel,
-    ) -> Result<Streamed<'s>> {
+    ) -> Streamed<'s> {
         let targets = targets.filter(|targets| !targets.files().is_empty());
-        let frozen = targets.map(|targets| self.in_dense(targets)).transpose()?.flatten();
+        let frozen = in_dense.filter(|_| targets.is_some());
         let points = targets.map_or(0, |targets| targets.student_points().len() as u64);
         let bytes_per_token = width * (4 + 2 * points) + 4 * side.widths.total() as u64;
-        Ok(Streamed::new(StreamedParts {
+        Streamed::new(StreamedParts {
             source: self.request.data,
             side,
             prefix: LazySession::new(|| self.session()),
@@ -101,6 +114,6 @@ impl<'a> FrozenLayers<'a> {
             work: work.to_path_buf(),
             cancel,
             bytes_per_token,
-        }))
+        })
     }
 }

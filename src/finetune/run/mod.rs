@@ -15,18 +15,18 @@ use crate::data::LeftOut;
 use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{
-    Dense, Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
+    Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
 };
 use crate::finetune::loss;
-use crate::finetune::plan::{PlannedData, anchor_points};
+use crate::finetune::plan::{PlannedData, RunPlan, anchor_points};
 use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
 use crate::finetune::settings::{LearningRate, Lora};
 use crate::finetune::student::Student;
-use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
-use crate::torch::Hold;
+use crate::finetune::train::{DenseStream, Drawn, Run, Summary, fit, search, train};
+use crate::torch::{Hold, Ranks};
 
 use frozen::FrozenLayers;
-use planning::{Opened, Parts, estimated, resolve};
+use planning::{Opened, estimated, resolve};
 
 pub use planning::plan_run;
 pub use request::{FinetunedModel, Report, Request};
@@ -76,35 +76,31 @@ pub fn finetune_with_teacher(
         let opened = Opened::new(request, teacher);
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let Opened { decoder, mut cut, suffix, side, sizes, targets, points, dense } = opened?;
+    let mut opened = opened?;
+    let dense = opened.dense.take();
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
-    let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
-    let planned = |data: PlannedData, streamed: Option<bool>| {
-        let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
-        let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count, first };
-        resolve(request, &parts, data, streamed)
-    };
-
     let mut inputs = BTreeMap::from([
         ("model".to_string(), model_digest.clone()),
         ("data".to_string(), data_digest.clone()),
         ("layers".to_string(), sha256_json(&request.layers)?),
         ("settings".to_string(), sha256_json(settings)?),
     ]);
+    let first = opened.cut.first;
     let key =
-        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
-    let store = RowStore::new(&own, &key, side.clone());
+        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens))?;
+    let store = RowStore::new(&own, &key, opened.side.clone());
     let teacher_targets = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let teacher_request = TeacherRequest {
             teacher,
             trained: request.layers,
-            first: cut.first,
+            first,
             source: request.data,
             data_digest: &data_digest,
             settings,
             device: request.device,
+            memory_limit: request.limits.memory,
             work: &own,
             features: request.features,
         };
@@ -112,65 +108,50 @@ pub fn finetune_with_teacher(
     });
     let teacher_targets = teacher_targets.transpose()?;
     let kept = store.open()?;
+    let prefix = FrozenLayers::new(request, &opened.cut)?;
+    let written = teacher_targets.as_ref().filter(|targets| kept.is_none() && !targets.files().is_empty());
+    let in_dense = written.map(|targets| prefix.in_dense(targets)).transpose()?.flatten();
+    if kept.is_none() {
+        opened.sessions.in_dense &= written.is_none() || in_dense.is_some();
+    }
+    let parts = opened.parts();
     let streams = match kept {
-        Some(_) => false,
+        Some(_) => None,
         None => {
-            let plan = planned(estimated(request.data)?, None)?;
+            let plan = resolve(request, &parts, estimated(request.data)?, None)?;
             plan.check()?;
-            plan.streamed
+            Some(plan.streamed)
         }
     };
-    let prefix = FrozenLayers::new(request, &cut)?;
+    let streams = agreed(streams, request.ranks)?;
     let (mut dataset, left_out) = match kept {
         Some(kept) => kept,
         None if streams => {
             let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
             (TrainingSet::of_windows(examples), left_out)
         }
-        None => prefix.fill(&store, teacher_targets.as_ref(), cancel)?,
+        None => prefix.fill(&store, teacher_targets.as_ref(), in_dense, cancel)?,
     };
 
-    let mut plan = planned(
-        PlannedData {
-            samples: dataset.examples.len() as u64,
-            tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
-            answer_tokens: dataset.examples.iter().map(|example| example.answers as u64).sum(),
-            longest_tokens: dataset.examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
-            estimated: false,
-        },
-        Some(streams),
-    )?;
+    let mut plan = resolve(request, &parts, planned_data(&dataset), Some(streams))?;
     plan.check()?;
     if let Some(ranks) = request.ranks {
-        // All processes cut a step into the same passes, so they must use the same number of networks.
-        let first = ranks.from_first(&plan.workers.to_le_bytes())?;
-        plan.workers = first.try_into().map_or(plan.workers, u64::from_le_bytes);
+        plan.take_passes_of_first(ranks)?;
     }
     notice(plan.line());
-    let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
-    let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
-    let mut student = compile()?;
-    if let (Some(teacher), Some(teacher_targets)) = (teacher, &teacher_targets) {
-        inputs.insert("teacher".to_string(), teacher_targets.digest.clone());
+    if let Some(targets) = &teacher_targets {
+        inputs.insert("teacher".to_string(), targets.digest.clone());
         if !streams {
-            let files = teacher_targets.files();
-            if !teacher_targets.files_exist() {
-                let mut running = teacher_targets.running(None);
-                teacher_targets.fill(request.data, files, None, &mut running, "dense model", cancel)?;
+            let files = targets.files();
+            if !targets.files_exist() {
+                let mut running = targets.running(None);
+                targets.fill(request.data, files, None, &mut running, "dense model", cancel)?;
+                drop(running);
+                targets.release();
             }
-            dataset.targets = teacher_targets.open(files, &dataset.examples, dataset.hidden_size())?;
+            dataset.targets = targets.open(files, &dataset.examples, dataset.hidden_size())?;
         }
-        student.points = teacher_targets.student_points();
-        let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
-        student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
     }
-    let mut students = vec![student];
-    while (students.len() as u64) < plan.workers {
-        let mut twin = compile()?;
-        twin.work_for(&students[0])?;
-        students.push(twin);
-    }
-    cut.release_expanded();
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
     let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;
@@ -179,10 +160,10 @@ pub fn finetune_with_teacher(
     let live = teacher_targets.as_ref().map(|targets| Live { targets, numbers, cancel });
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
-    let streamed = match streams {
-        true => Some(prefix.streamed(side, teacher_targets.as_ref(), (&own, sizes.hidden_size), cancel)?),
-        false => None,
-    };
+    let fit_layers = plan.fit.as_ref().map_or(1, |fit| fit.together as usize);
+    let rows = (own.as_path(), opened.sizes.hidden_size);
+    let streamed =
+        streams.then(|| prefix.streamed(opened.side.clone(), teacher_targets.as_ref(), in_dense, rows, cancel));
     let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
     let run = Run {
         settings,
@@ -191,7 +172,8 @@ pub fn finetune_with_teacher(
         threads,
         streamed,
         dense,
-        first: cut.first,
+        fit_layers,
+        first,
         inputs: &inputs,
         work,
         shared,
@@ -200,25 +182,75 @@ pub fn finetune_with_teacher(
         cancel,
     };
     let resumed = if request.resume { newest_totals(request.work)? } else { None };
+    // The dense model computes the targets of the fit before the networks take memory.
+    let fits = resumed.is_none() && settings.fit.enabled && !settings.layer_by_layer();
+    let drawn = fits.then(|| Drawn::new(&run, &opened.targets, &dataset)).transpose()?;
+    run.release_cached()?;
+    let mut students = compiled(request, &opened, &plan, device)?;
+    if let (Some(teacher), Some(targets)) = (teacher, &teacher_targets) {
+        let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
+        let anchors: Vec<usize> = points.filter_map(|point| point.checked_sub(first)).collect();
+        for student in &mut students {
+            student.points = targets.student_points();
+            student.anchor_points.clone_from(&anchors);
+        }
+    }
+    opened.cut.release_expanded();
+    let Opened { decoder, cut, targets, .. } = &opened;
     let done = match resumed {
         Some(totals) => totals,
-        None => begin(&run, &targets, &mut students, &mut dataset)?,
+        None => begin(&run, targets, &mut students, &mut dataset, drawn)?,
     };
     let rate = best(&done.trials).unwrap_or(settings.peak_rate());
     let chosen = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
     let run = Run { settings: &chosen, ..run };
-    let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
+    let summary = train(run, targets, &mut students, &mut dataset, done, observer)?;
     let window = own.join(WINDOW_FOLDER);
     if window.exists() {
         std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
     // The weights are read once more where they are merged and copied into the result.
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
-    let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
-    let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
+    let tensors = students[0].changed(cut, settings.lora().map_or(1.0, Lora::scale))?;
+    let decoder = written_back(decoder, tensors, &cut.quantised, settings.write_trained)?;
     let layers = settings.trained_layers(request.layers, cut.analysis.map.layers.len());
     let report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
     Ok(FinetunedModel { decoder, report })
+}
+
+/// The networks of a run: one, or one for each worker of its plan.
+fn compiled(request: &Request<'_>, opened: &Opened, plan: &RunPlan, device: TorchDevice) -> Result<Vec<Student>> {
+    let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
+    let compile = || Student::compile(&opened.cut, opened.suffix.clone(), request.settings.precision, hold, device);
+    let mut students = vec![compile()?];
+    while (students.len() as u64) < plan.workers {
+        let mut twin = compile()?;
+        twin.work_for(&students[0])?;
+        students.push(twin);
+    }
+    Ok(students)
+}
+
+/// Whether rows are computed between steps: the decision of the first process, unless it has the rows of an earlier run.
+/// `own`: None in a process that has them.
+fn agreed(own: Option<bool>, ranks: Option<&Ranks>) -> Result<bool> {
+    let first = match ranks {
+        Some(ranks) => ranks.from_first(&[own.map_or(2, u8::from)])?.first().copied().filter(|&first| first < 2),
+        None => None,
+    };
+    Ok(own.is_some_and(|own| first.map_or(own, |first| first == 1)))
+}
+
+/// Sizes of the samples.
+fn planned_data(dataset: &TrainingSet) -> PlannedData {
+    let examples = &dataset.examples;
+    PlannedData {
+        samples: examples.len() as u64,
+        tokens: examples.iter().map(|example| example.length as u64).sum(),
+        answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
+        longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
+        estimated: false,
+    }
 }
 
 /// Streams of the dense model for fits, indexed by position in the training set.
@@ -230,6 +262,10 @@ struct Live<'a> {
 }
 
 impl DenseStream for Live<'_> {
+    fn computes(&self, layer: usize) -> bool {
+        !self.targets.student_points().contains(&(layer + 1))
+    }
+
     fn rows_behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
         let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
         let mut found = self.targets.rows_behind(layers, &numbers, self.cancel)?;
@@ -243,11 +279,17 @@ impl DenseStream for Live<'_> {
 
 /// The phases before the first step: the fit of all layers, when they are trained together, and the search of the
 /// learning rate.
-fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
+fn begin(
+    run: &Run<'_>,
+    targets: &[FitTarget],
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    drawn: Option<Drawn>,
+) -> Result<Totals> {
     let mut totals = Totals::default();
-    if run.settings.fit.enabled && !run.settings.layer_by_layer() {
+    if drawn.is_some() {
         let began = Instant::now();
-        totals.fitted = fit(run, students, targets, dataset)?;
+        totals.fitted = fit(run, students, targets, dataset, drawn)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
     }
     if run.settings.trains() {
@@ -295,6 +337,10 @@ fn report(
         train_s: totals.train_seconds,
         tokens_per_s: tokens as f64 / totals.train_seconds.max(1e-9),
         peak_memory_bytes: crate::base::peak_memory_bytes(),
+        peak_gpu_memory_bytes: match request.device {
+            Device::Cpu => None,
+            Device::Cuda(gpu) => Some(crate::torch::peak_gpu_memory(gpu as usize)?),
+        },
         metrics_file: METRICS_FILE.to_string(),
     })
 }

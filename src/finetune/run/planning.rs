@@ -1,15 +1,16 @@
 //! Plan of a run, computed from its graphs and its first samples.
 
-use crate::base::{Device, Error, Result, free_disk_bytes, thread_count};
+use crate::base::{Device, Error, Result, free_disk_bytes, free_memory_bytes, thread_count};
 use crate::bundle::{Bundle, Role};
 use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
-use crate::finetune::plan::{PlanInputs, PlannedData, Point, RunPlan, Sizes};
-use crate::finetune::settings::LoraLayers;
+use crate::finetune::plan::{Limits, PlanInputs, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes};
+use crate::finetune::settings::{LoraLayers, Settings};
 use crate::ir::Model;
 use crate::runtime::headed;
 
+use super::frozen::FrozenLayers;
 use super::request::Request;
 
 /// The graphs of a run and the facts that follow from them alone.
@@ -21,8 +22,15 @@ pub struct Opened {
     pub sizes: Sizes,
     /// Products to fit in each trained layer.
     pub targets: Vec<FitTarget>,
+    /// Points that loss terms compare, and those that only the fit compares.
     pub points: Vec<Point>,
+    pub fit_points: Vec<Point>,
     pub dense: Option<Dense>,
+    /// Bytes of the models that ONNX Runtime runs. Whether the dense model computes the frozen layers' output is not known
+    /// without its digest; here it is assumed where the pruned model keeps all layers before the trained ones.
+    pub sessions: Sessions,
+    /// Limits of the user, and the free memory of the GPU where the user set none.
+    pub limits: Limits,
 }
 
 impl Opened {
@@ -62,18 +70,71 @@ impl Opened {
         let mut sizes = Sizes::of(&cut, &suffix, heads_of(request));
         sizes.side_width = side.widths.total() as u64;
         let dense = teacher.map(Dense::open).transpose()?;
-        let points = dense.as_ref().zip(teacher);
-        let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
-        Ok(Opened { decoder, cut, suffix, side, sizes, targets, points: points.unwrap_or_default(), dense })
+        let points_of = |settings: &Settings| -> Vec<Point> {
+            let both = dense.as_ref().zip(teacher);
+            both.map_or(Vec::new(), |(dense, teacher)| dense.points(teacher, request.layers, first, settings))
+        };
+        let points = points_of(&settings.clone().with(|s| s.fit.enabled = false));
+        let fit_points = points_of(settings).into_iter().filter(|point| !points.contains(point)).collect();
+        let prefix = FrozenLayers::new(request, &cut)?;
+        let on_gpu = request.device != Device::Cpu;
+        let sessions = Sessions {
+            prefix: prefix.session_bytes(on_gpu) + embedding_bytes(request.bundle, on_gpu)?,
+            dense: match (&dense, teacher) {
+                (Some(dense), Some(teacher)) => dense.session_bytes(on_gpu) + embedding_bytes(teacher.bundle, on_gpu)?,
+                _ => 0,
+            },
+            in_dense: teacher.is_some_and(|teacher| teacher.kept.iter().take(first).copied().eq(0..first)),
+        };
+        let limits = with_free_memory(request.limits, request.device, crate::torch::free_gpu_memory);
+        Ok(Opened { decoder, cut, suffix, side, sizes, targets, points, fit_points, dense, sessions, limits })
+    }
+
+    /// Inputs of a plan that come from the graphs and the machine.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts {
+            sizes: &self.sizes,
+            targets: &self.targets,
+            points: &self.points,
+            fit_points: &self.fit_points,
+            sessions: self.sessions,
+            limits: self.limits,
+            layer_count: self.cut.analysis.map.layers.len(),
+            first: self.cut.first,
+        }
     }
 }
 
-/// Inputs of a plan that come from the graphs.
+/// The limits, with the GPU's free memory as the limit of memory where the user set none. A plan for a GPU that this machine
+/// lacks has no such limit.
+fn with_free_memory(limits: Limits, device: Device, free: impl FnOnce(usize) -> Result<u64>) -> Limits {
+    let memory = match (limits.memory, device) {
+        (None, Device::Cuda(gpu)) => free(gpu as usize).ok(),
+        (memory, _) => memory,
+    };
+    Limits { memory, ..limits }
+}
+
+/// Bytes that ONNX Runtime holds of the components that turn prompts into embeddings: the vision encoder with its projector,
+/// and the embeddings of tokens.
+///
+/// Errors: as `onnx::load`.
+fn embedding_bytes(bundle: &Bundle, on_gpu: bool) -> Result<u64> {
+    let roles = [Role::VisionEncoder, Role::Projector, Role::EmbedTokens];
+    let parts = roles.into_iter().filter_map(|role| bundle.component(role));
+    let bytes = parts.map(|part| Ok(session_bytes(&crate::onnx::load(&bundle.path_of(part))?.graph, on_gpu)));
+    bytes.sum()
+}
+
+/// Inputs of a plan that come from the graphs and the machine.
+#[derive(Clone, Copy)]
 pub struct Parts<'a> {
     pub sizes: &'a Sizes,
     pub targets: &'a [FitTarget],
     pub points: &'a [Point],
-    pub teacher_bytes: u64,
+    pub fit_points: &'a [Point],
+    pub sessions: Sessions,
+    pub limits: Limits,
     pub layer_count: usize,
     pub first: usize,
 }
@@ -94,9 +155,11 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         sizes: parts.sizes,
         fitted: parts.targets,
         points: parts.points,
-        teacher_bytes: parts.teacher_bytes,
+        fit_points: parts.fit_points,
+        sessions: parts.sessions,
+        host_bytes: free_memory_bytes(),
         data,
-        limits: request.limits,
+        limits: parts.limits,
         cache_bytes,
         streamed,
     }))
@@ -166,13 +229,33 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
     let losses = request.settings.losses();
     loss::check_teacher(losses.keys().copied(), request.settings.fit.enabled, teacher.is_some())?;
     let opened = Opened::new(request, teacher)?;
-    let parts = Parts {
-        sizes: &opened.sizes,
-        targets: &opened.targets,
-        points: &opened.points,
-        teacher_bytes: opened.dense.as_ref().map_or(0, Dense::weight_bytes),
-        layer_count: opened.cut.analysis.map.layers.len(),
-        first: opened.cut.first,
-    };
-    resolve(request, &parts, estimated(request.data)?, None)
+    resolve(request, &opened.parts(), estimated(request.data)?, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_free_memory_of_a_gpu_limits_a_run_without_a_limit() {
+        let of = |memory, device| {
+            with_free_memory(Limits { memory, ..Limits::default() }, device, |gpu| Ok(1000 + gpu as u64)).memory
+        };
+        assert_eq!(of(None, Device::Cuda(1)), Some(1001));
+        assert_eq!(of(Some(7), Device::Cuda(1)), Some(7));
+        assert_eq!(of(None, Device::Cpu), None);
+        let none = |_| Err(Error::unsupported("device cuda:0", "no GPU was found"));
+        assert_eq!(with_free_memory(Limits::default(), Device::Cuda(0), none).memory, None);
+    }
+
+    /// The fixture's vision encoder and embeddings are in f32, so ONNX Runtime makes no copies.
+    #[test]
+    fn components_that_embed_prompts_are_counted() {
+        let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
+        let [vision, embed] = [Role::VisionEncoder, Role::EmbedTokens].map(|role| bundle.component(role).unwrap());
+        let files = bundle.size_bytes(vision).unwrap() + bundle.size_bytes(embed).unwrap();
+        let counted = embedding_bytes(&bundle, false).unwrap();
+        assert!(counted <= files && counted > files * 9 / 10, "{counted} of {files}");
+        assert_eq!(embedding_bytes(&bundle, true).unwrap(), counted);
+    }
 }

@@ -107,6 +107,9 @@ pub struct Report {
     pub tokens_per_s: f64,
     /// Peak resident memory of the process in bytes.
     pub peak_memory_bytes: u64,
+    /// The most bytes that tensors took on the GPU; absent in a run on the CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_gpu_memory_bytes: Option<u64>,
     /// Name of the metrics file (JSON lines) in the work folder.
     pub metrics_file: String,
 }

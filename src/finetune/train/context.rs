@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::base::{Cancel, Result, Sha256Digest};
 use crate::finetune::checkpoint::{Checkpoints, checkpoints};
@@ -26,6 +26,8 @@ pub struct Run<'a> {
     pub streamed: Option<&'a dyn Loads>,
     /// Streams of the dense model, for fits.
     pub dense: Option<&'a dyn DenseStream>,
+    /// Number of layers whose streams of the dense model a fit holds at a time.
+    pub fit_layers: usize,
     /// The first trained layer, in the pruned model's numbering.
     pub first: usize,
     /// SHA-256 of each input that determines the result, by name. A checkpoint with other inputs is refused.
@@ -52,8 +54,21 @@ impl Run<'_> {
     /// Errors: those of a run of the frozen layers or of the dense model.
     pub fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()> {
         match self.streamed {
-            Some(streamed) if !dataset.holds(samples) => streamed.load(dataset, samples),
+            Some(streamed) if !dataset.holds(samples) => {
+                self.release_cached()?;
+                streamed.load(dataset, samples)
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// On a GPU, gives the memory back that LibTorch holds for later tensors, before ONNX Runtime computes.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn release_cached(&self) -> Result<()> {
+        match self.device {
+            Device::Cpu => Ok(()),
+            _ => crate::torch::release_cached(),
         }
     }
 
@@ -73,5 +88,20 @@ impl Run<'_> {
             Some(ranks) => Ok(ranks.sum_of(f64::from(u8::from(own)))? > 0.0),
             None => Ok(own),
         }
+    }
+}
+
+/// A copy of a weight that is restored later; in host memory, so that it takes nothing of a GPU.
+///
+/// Errors: LibTorch's own.
+pub fn kept_aside(weight: &Tensor) -> Result<Tensor, tch::TchError> {
+    let weight = weight.f_detach()?;
+    match weight.device() {
+        Device::Cpu => {
+            let mut copy = weight.f_empty_like()?;
+            copy.f_copy_(&weight)?;
+            Ok(copy)
+        }
+        _ => weight.f_to_device(Device::Cpu),
     }
 }

@@ -19,19 +19,18 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::analysis::Projection;
 use crate::base::{Error, Progress, Result};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{TrainingSet, bf16_matrix};
 use crate::finetune::error::torch_error;
-use crate::finetune::plan::{FIT_TOKENS, order};
+use crate::finetune::plan::{FIT_PASS_TOKENS, FIT_TOKENS, order};
 use crate::finetune::record::LayerFit;
 use crate::finetune::student::Student;
 
-use super::context::Run;
-use super::dense::DenseStream;
+use super::context::{Run, kept_aside};
 use super::normal::{Normal, PassRows, Solved};
 use super::workers;
 
@@ -41,11 +40,6 @@ const RIDGES: [f64; 4] = [0.003, 0.01, 0.03, 0.3];
 const FEW_SAMPLES_RIDGE: f64 = 0.1;
 /// Share of the tokens held out for the choice of the ridge.
 const HELD_OUT: f64 = 0.25;
-/// Maximum number of tokens of a forward pass, padding included; a longer sample forms a pass of its own. It is
-/// independent of `batch_tokens`, so the fit does not depend on how steps are cut into passes.
-const PASS_TOKENS: usize = 512;
-/// Memory, in bytes, for the dense model's stream at the points that are computed together.
-const TARGET_BYTES: u64 = 1 << 30;
 
 /// Samples of a forward pass, and its current stream `[B, T, D]`.
 struct Pass {
@@ -53,22 +47,60 @@ struct Pass {
     stream: Option<Tensor>,
 }
 
-/// Passes of a fit in this process, and the token counts of all processes.
-struct Drawn {
+/// Passes of a fit in this process, the token counts of all processes, and the dense model's stream behind the next layers
+/// to fit.
+pub struct Drawn {
     fitted: Vec<Pass>,
     held_out: Vec<Pass>,
     tokens: u64,
     held_out_tokens: u64,
+    /// Rows of each sample in bf16, by layer.
+    held: Rows,
 }
 
+/// The dense model's stream behind some layers: rows in bf16, by layer and sample. They are in host memory.
+type Rows = BTreeMap<usize, BTreeMap<usize, Vec<u8>>>;
+
 impl Drawn {
+    /// Draws the samples of a fit and computes the dense model's stream behind as many of its layers as are held at a time.
+    /// Before the networks exist, the dense model has the memory for itself.
+    ///
+    /// Errors: those of a run of the dense model.
+    pub fn new(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Result<Self> {
+        let mut drawn = draw(run, targets, dataset);
+        drawn.load(run, &fittable(targets))?;
+        Ok(drawn)
+    }
+
+    /// Loads the dense model's stream behind `layers[0]`, and behind as many of the next layers as are held at a time.
+    fn load(&mut self, run: &Run<'_>, layers: &[usize]) -> Result<()> {
+        let (Some(&next), Some(source)) = (layers.first(), run.dense) else { return Ok(()) };
+        self.held.retain(|layer, _| *layer >= next);
+        let samples = self.samples();
+        if !source.computes(next) || self.held.contains_key(&next) || samples.is_empty() {
+            return Ok(());
+        }
+        let computed = layers.iter().copied().filter(|&layer| source.computes(layer));
+        let wanted: Vec<usize> = computed.take(run.fit_layers.max(1)).collect();
+        run.release_cached()?;
+        let found = source.rows_behind(&wanted, &samples)?;
+        self.held.extend(wanted.into_iter().zip(found));
+        Ok(())
+    }
+
     /// The samples of this process.
     fn samples(&self) -> Vec<usize> {
         self.fitted.iter().chain(&self.held_out).flat_map(|pass| pass.samples.iter().copied()).collect()
     }
 }
 
-/// Fits the layers in place: every weight of `students` that a target names.
+/// The layers of `targets` that have a product to fit.
+fn fittable(targets: &[FitTarget]) -> Vec<usize> {
+    targets.iter().filter(|target| target.products.is_ok()).map(|target| target.layer).collect()
+}
+
+/// Fits the layers in place: every weight of `students` that a target names. `drawn`: the samples, when they are drawn
+/// already.
 ///
 /// Errors: `Error::Invalid` when an operator refuses its tensors; `Error::NotFinite` when a sum is not finite;
 /// `Error::Interrupted`. After an error the weights are restored.
@@ -77,9 +109,10 @@ pub fn fit(
     students: &mut [Student],
     targets: &[FitTarget],
     dataset: &mut TrainingSet,
+    drawn: Option<Drawn>,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
-    let drawn = draw(run, targets, dataset);
+    let drawn = drawn.unwrap_or_else(|| draw(run, targets, dataset));
     run.load(dataset, &drawn.samples())?;
     let mut done = Vec::new();
     let result = fit_each(run, students, targets, dataset, drawn, &mut done);
@@ -108,10 +141,11 @@ fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     let (all, apart) = (length(&samples), length(&held_out));
     let (rank, size) = run.ranks.map_or((0, 1), |ranks| (ranks.rank(), ranks.size()));
     let passes = |samples: Vec<usize>| -> Vec<Pass> {
-        let passes = workers::passes_of(dataset, samples, PASS_TOKENS).into_iter();
+        let passes = workers::passes_of(dataset, samples, FIT_PASS_TOKENS).into_iter();
         passes.skip(rank).step_by(size).map(|samples| Pass { samples, stream: None }).collect()
     };
-    Drawn { fitted: passes(fitted), held_out: passes(held_out), tokens: all, held_out_tokens: apart }
+    let held = Rows::new();
+    Drawn { fitted: passes(fitted), held_out: passes(held_out), tokens: all, held_out_tokens: apart, held }
 }
 
 /// Splits samples into those to fit on and those held out. The held-out ones have a quarter of the tokens, to within
@@ -132,42 +166,15 @@ fn held_out(samples: &[usize], length: impl Fn(usize) -> usize) -> (Vec<usize>, 
     (fitted, apart)
 }
 
-/// The dense model's stream behind the next layers to fit, for the drawn samples.
-struct Targets<'a> {
-    dataset: &'a TrainingSet,
-    source: Option<&'a dyn DenseStream>,
-    samples: &'a [usize],
-    tokens: u64,
-    held: BTreeMap<usize, BTreeMap<usize, Vec<u8>>>,
-}
-
-impl Targets<'_> {
-    /// Loads the stream behind `layers[0]`, and behind as many of the next layers as [`TARGET_BYTES`] allow.
-    fn load(&mut self, layers: &[usize]) -> Result<()> {
-        let Some(&first) = layers.first() else { return Ok(()) };
-        self.held.retain(|layer, _| *layer >= first);
-        if self.dataset.has_target(first) || self.held.contains_key(&first) || self.samples.is_empty() {
-            return Ok(());
-        }
-        let source = self.source.ok_or_else(|| Error::invalid("the fit", "has no dense model"))?;
-        let each = 2 * self.tokens * self.dataset.hidden_size() as u64;
-        let room = (TARGET_BYTES / each.max(1)).max(1) as usize;
-        let wanted: Vec<usize> = layers.iter().copied().take(room).collect();
-        let found = source.rows_behind(&wanted, self.samples)?;
-        self.held.extend(wanted.into_iter().zip(found));
-        Ok(())
+/// Rows of a pass's samples behind a layer, `[M, D]`; `None` when they are on disk.
+fn held_rows(held: &Rows, layer: usize, samples: &[usize], width: usize) -> Result<Option<Tensor>> {
+    let Some(held) = held.get(&layer) else { return Ok(None) };
+    let lacking = || Error::invalid("the fit", format!("has no target behind layer {layer}"));
+    let mut bytes = Vec::new();
+    for sample in samples {
+        bytes.extend_from_slice(held.get(sample).ok_or_else(lacking)?);
     }
-
-    /// Rows of a pass's samples, `[M, D]`; `None` when they are on disk.
-    fn of(&self, layer: usize, samples: &[usize]) -> Result<Option<Tensor>> {
-        let Some(held) = self.held.get(&layer) else { return Ok(None) };
-        let lacking = || Error::invalid("the fit", format!("has no target behind layer {layer}"));
-        let mut bytes = Vec::new();
-        for sample in samples {
-            bytes.extend_from_slice(held.get(sample).ok_or_else(lacking)?);
-        }
-        bf16_matrix(&bytes, self.dataset.hidden_size()).map(Some)
-    }
+    bf16_matrix(&bytes, width).map(Some)
 }
 
 /// [`fit`] without the restoration; adds each change to `done`.
@@ -182,16 +189,12 @@ fn fit_each(
     let Run { first, .. } = *run;
     let (tokens, held_out_tokens) = (drawn.tokens, drawn.held_out_tokens);
     let samples = drawn.samples();
-    let held = BTreeMap::new();
-    let own_tokens = samples.iter().map(|&sample| dataset.examples[sample].length as u64).sum();
-    let mut streams = Targets { dataset, source: run.dense, samples: &samples, tokens: own_tokens, held };
     let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();
     let progress = Progress::new("fit", "samples", (products * samples.len()) as u64);
     let mut results = Vec::with_capacity(targets.len());
     let mut reached = dataset.begins_before();
     for (number, target) in targets.iter().enumerate() {
-        let coming = targets[number..].iter().filter(|target| target.products.is_ok());
-        streams.load(&coming.map(|target| target.layer).collect::<Vec<_>>())?;
+        drawn.load(run, &fittable(&targets[number..]))?;
         let mut result = LayerFit {
             layer: first + target.layer,
             weights: Vec::new(),
@@ -206,7 +209,7 @@ fn fit_each(
         for product in target.products.iter().flatten() {
             let mut measured = || {
                 let from = std::mem::replace(&mut reached, target.layer);
-                measure(run, students, &mut drawn, &streams, from, (target.layer, product))
+                measure(run, students, &mut drawn, dataset, from, (target.layer, product))
             };
             let mut parts = measured()?;
             if last.take_if(|before| parts.distance() > *before).is_some()
@@ -244,7 +247,7 @@ struct Fitted {
 impl Fitted {
     fn change(name: String, mut weight: Tensor, change: &Tensor) -> Result<Self> {
         let mut compute = || -> Result<Tensor, tch::TchError> {
-            let before = weight.f_detach()?.f_add_scalar(0.0)?;
+            let before = kept_aside(&weight)?;
             let _ = weight.f_add_(change)?;
             Ok(before)
         };
@@ -276,18 +279,21 @@ fn measure(
     run: &Run<'_>,
     students: &mut [Student],
     drawn: &mut Drawn,
-    targets: &Targets<'_>,
+    dataset: &TrainingSet,
     from: usize,
     (layer, product): (usize, &Projection),
 ) -> Result<Parts> {
-    let width = targets.dataset.hidden_size() as i64;
+    let width = dataset.hidden_size();
+    let Drawn { fitted, held_out, held, .. } = drawn;
+    let held = &*held;
     let sums = |students: &mut [Student], passes: &mut [Pass]| -> Result<Normal> {
-        let mut sums = Normal::new(product.width as i64, width, run.device)?;
+        let mut sums = Normal::new(product.width as i64, width as i64, run.device)?;
         let together = students.len().max(1);
         for passes in passes.chunks_mut(together) {
             run.cancel.check("nothing of the fit is kept")?;
             let rows = workers::side_by_side(students, passes, run, |student, pass| {
-                rows(student, targets, pass, from, (layer, product), run.device)
+                let own = held_rows(held, layer, &pass.samples, width)?;
+                rows(student, dataset, pass, own, from, (layer, product))
             })?;
             sums.add(&rows)?;
         }
@@ -296,7 +302,7 @@ fn measure(
         }
         Ok(sums)
     };
-    Ok(Parts { fitted: sums(students, &mut drawn.fitted)?, held_out: sums(students, &mut drawn.held_out)? })
+    Ok(Parts { fitted: sums(students, fitted)?, held_out: sums(students, held_out)? })
 }
 
 /// Chooses the ridge. Returns it with the sums over all passes and the change of the weight.
@@ -316,20 +322,20 @@ fn choose(parts: Parts) -> Result<(f64, Normal, Solved)> {
     Ok((chosen.0, fitted, solved))
 }
 
-/// Advances a pass's stream to `layer` and returns the product's operand and the residual of the layer's output.
+/// Advances a pass's stream to `layer` and returns the product's operand and the residual of the layer's output. `own`:
+/// the dense model's stream behind the layer; `None` when it is on disk.
 fn rows(
     student: &Student,
-    targets: &Targets<'_>,
+    dataset: &TrainingSet,
     pass: &mut Pass,
+    own: Option<Tensor>,
     from: usize,
     (layer, product): (usize, &Projection),
-    device: Device,
 ) -> Result<PassRows> {
     let _guard = tch::no_grad_guard();
-    // Only the target behind this layer is read; from disk unless it is in memory.
-    let own = targets.of(layer, &pass.samples)?;
+    let device = student.device();
     let read = if own.is_some() { 0..0 } else { layer..layer + 1 };
-    let batch = targets.dataset.batch_with(&pass.samples, Some(read), false, device)?;
+    let batch = dataset.batch_with(&pass.samples, Some(read), false, device)?;
     let side = student.side(&batch)?;
     let mut stream = pass.stream.take().unwrap_or_else(|| batch.hidden.shallow_clone());
     for number in from..layer {
@@ -355,6 +361,8 @@ fn rows(
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     #[test]

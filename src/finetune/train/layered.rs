@@ -122,8 +122,8 @@ impl Progressed<'_> {
         }
         let began = Instant::now();
         let targets = std::slice::from_ref(target);
-        let fitted =
-            fit(&self.run, students, targets, dataset).map_err(|error| self.stopped(checkpoints, students, error))?;
+        let fitted = fit(&self.run, students, targets, dataset, None)
+            .map_err(|error| self.stopped(checkpoints, students, error))?;
         self.totals.fitted.extend(fitted);
         self.totals.fit_seconds += began.elapsed().as_secs_f64();
         Ok(())

@@ -13,6 +13,6 @@ mod workers;
 
 pub use context::Run;
 pub use dense::DenseStream;
-pub use fit::fit;
+pub use fit::{Drawn, fit};
 pub use search::{search, train};
 pub use trainer::Summary;

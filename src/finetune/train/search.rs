@@ -15,7 +15,7 @@ use tch::Tensor;
 
 use crate::base::{Error, Result, Sha256Digest, notice, read_json, sha256_json, write_json};
 
-use super::context::Run;
+use super::context::{Run, kept_aside};
 use super::layered::train_layers;
 use super::trainer::{Summary, Trainer};
 use super::workers;
@@ -123,13 +123,7 @@ fn descend(count: usize, mut value: impl FnMut(usize) -> Result<f64>) -> Result<
 /// Copies of the weights that a search restores.
 fn copies(students: &[Student]) -> Result<Vec<Tensor>> {
     let weights = students.first().into_iter().flat_map(Student::written);
-    let copied: Result<Vec<Tensor>, tch::TchError> = weights
-        .map(|weight| {
-            let mut copy = weight.tensor.f_detach()?.f_zeros_like()?;
-            copy.f_copy_(&weight.tensor.f_detach()?)?;
-            Ok(copy)
-        })
-        .collect();
+    let copied: Result<Vec<Tensor>, tch::TchError> = weights.map(|weight| kept_aside(&weight.tensor)).collect();
     copied.map_err(torch_error("the weights before the search"))
 }
 

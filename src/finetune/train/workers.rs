@@ -124,9 +124,7 @@ fn passes(
     if device == Device::Cpu {
         batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
     } else {
-        // The next batch is read, padded and copied to pinned memory while the GPU computes this one.
-        let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
-        ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
+        each_prefetched(dataset, batches, device, TrainingBatch::pinned, &mut one)?;
     }
     if !terms.is_empty() {
         let sums: Vec<&Tensor> = terms.values().collect();
@@ -134,6 +132,19 @@ fn passes(
         total.losses = terms.keys().copied().zip(read().map_err(torch_error("the loss"))?).collect();
     }
     Ok(total)
+}
+
+/// Passes each batch to `work` on `device`. The next ones are read, padded and copied to pinned memory, by `pin`, on a thread
+/// of their own while the GPU computes.
+fn each_prefetched(
+    dataset: &TrainingSet,
+    batches: &[Vec<usize>],
+    device: Device,
+    pin: impl Fn(TrainingBatch) -> Result<TrainingBatch> + Sync,
+    work: &mut dyn FnMut(&TrainingBatch) -> Result<()>,
+) -> Result<()> {
+    let made = || Ok(batches.iter().map(|samples| pin(dataset.batch(samples, Device::Cpu)?)));
+    ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| work(&batch?.to(device)?)))
 }
 
 impl StepSums {
@@ -296,6 +307,7 @@ pub fn optimize(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finetune::data::{Example, RowDtype, RowsWriter};
     use crate::finetune::optim::OptimizerKind;
 
     #[test]
@@ -339,6 +351,33 @@ mod tests {
         let shares = distribute(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
+    }
+
+    /// The way that batches take to a GPU, without one: in order, each once, and equal to a batch that is made directly.
+    #[test]
+    fn prefetched_batches_equal_those_made_directly() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids: Vec<i64> = (0..9).collect();
+        let examples: Vec<Example> = (2..8)
+            .map(|length| Example::new(length.to_string(), &ids[..length], &vec![true; length]).unwrap())
+            .collect();
+        let tokens = examples.iter().map(|example| example.length).sum::<usize>();
+        let mut rows = RowsWriter::create(&folder.path().join("rows"), RowDtype::F32).unwrap();
+        rows.push(&(0..3 * tokens).map(|n| n as f32).collect::<Vec<_>>(), tokens).unwrap();
+        let set = TrainingSet::new(examples, rows.finish().unwrap(), None);
+        let batches = vec![vec![5, 0], vec![4], vec![3, 2, 1]];
+        let mut seen = 0;
+        let mut check = |batch: &TrainingBatch| {
+            let direct = set.batch(&batches[seen], Device::Cpu).unwrap();
+            assert!(batch.hidden.equal(&direct.hidden) && batch.targets.equal(&direct.targets));
+            seen += 1;
+            Ok(())
+        };
+        each_prefetched(&set, &batches, Device::Cpu, Ok, &mut check).unwrap();
+        assert_eq!(seen, 3);
+        let refused = |_| Err(crate::base::Error::invalid("a batch", "is not pinned"));
+        let error = each_prefetched(&set, &batches, Device::Cpu, refused, &mut |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("is not pinned"), "{error}");
     }
 
     #[test]

@@ -433,8 +433,13 @@ fn own_address(host: &str, port: u16) -> Result<String> {
 }
 
 fn failed(error: *mut c_char, subject: &str) -> Error {
+    Error::engine("c10d", subject, text_of(error))
+}
+
+/// The first line of a text of LibTorch's own, which is freed.
+pub(super) fn text_of(error: *mut c_char) -> String {
     if error.is_null() {
-        return Error::engine("c10d", subject, "no reason is given");
+        return "no reason is given".to_string();
     }
     // SAFETY: the text is zero-terminated and freed once, here.
     let text = unsafe {
@@ -442,7 +447,7 @@ fn failed(error: *mut c_char, subject: &str) -> Error {
         interlace_text_free(error);
         text
     };
-    Error::engine("c10d", subject, text.lines().next().unwrap_or_default())
+    text.lines().next().unwrap_or_default().to_string()
 }
 
 #[derive(Debug)]

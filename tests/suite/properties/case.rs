@@ -8,7 +8,7 @@ use interlace::torch;
 use tch::{Kind, Tensor};
 
 const PLAIN: SessionOptions =
-    SessionOptions { threads: Some(1), optimisation: Optimisation::None, exact_products: true };
+    SessionOptions { threads: Some(1), optimisation: Optimisation::None, exact_products: true, memory_limit: None };
 
 /// A graph for both engines, with its inputs.
 pub struct Case {
