@@ -1,9 +1,10 @@
-"""Four kinds of text as JSON lines `{"text": ..}`, in three parts that share no chapter, novel, letter or collection.
+"""Five kinds of text as JSON lines `{"text": ..}`, in three parts that share no chapter, novel, letter or collection.
 
 usage: kinds.py PACKAGES OUT      PACKAGES: folder with the unpacked packages named in README.md
 
 `OUT/KIND-train.jsonl` is for healing, `OUT/KIND-held-back.jsonl` for every choice, `OUT/KIND-test.jsonl` for the published
-figures; `OUT/mixture-train.jsonl` has as much of each kind but the quotations as the others have of one.
+figures; `OUT/mixture-train.jsonl` has a third each of the healing parts of manual, novels and dictionary, and `OUT/three-train.jsonl`
+all of these. There is no healing part of the news: no model is healed on them.
 """
 import gzip
 import json
@@ -11,6 +12,7 @@ import re
 import struct
 import sys
 import zlib
+from xml.etree import ElementTree
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "smollm2"))
@@ -29,6 +31,7 @@ COLLECTIONS = {
     "held-back": ["wisdom", "education"],
     "test": ["people", "definitions"],
 }
+TOPICS = {"held-back": "crude", "test": "acq"}
 
 
 def blocks(pieces):
@@ -93,7 +96,17 @@ def quotations(packages, part):
     return list(blocks(piece.strip() for text in texts for piece in re.split(r"^%$", text, flags=re.M)))
 
 
-KINDS = {"manual": manual, "novels": novels, "dictionary": dictionary, "quotations": quotations}
+def news(packages, part):
+    """Stories of a news agency, one paragraph to a line of text."""
+    folder = packages / "usr/lib/R/site-library/tm/texts" / TOPICS[part]
+    bodies = [ElementTree.parse(path).findtext(".//BODY").strip() for path in sorted(folder.glob("*.xml"))]
+    # A paragraph begins with spaces; each story ends with the agency's name.
+    bodies = [re.sub(r"\n[ ]{2,}", "\n\n", re.sub(r"\s*Reuter\s*$", "", body, flags=re.I)) for body in bodies]
+    return list(blocks("\n".join(" ".join(piece.split()) for piece in body.split("\n\n")) for body in bodies))
+
+
+KINDS = {"manual": manual, "novels": novels, "dictionary": dictionary, "quotations": quotations, "news": news}
+HEALED = ["manual", "novels", "dictionary"]
 
 
 def spread(rows, size):
@@ -111,14 +124,18 @@ def write(path, rows):
 def main():
     packages, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
-    mixture = []
+    mixture, three = [], []
     for kind, rows in KINDS.items():
         for part, size in SIZES.items():
+            if kind == "news" and part == "train":
+                continue
             chosen = spread(rows(packages, part), size)
             write(out / f"{kind}-{part}.jsonl", chosen)
-            if part == "train" and kind != "quotations":
+            if part == "train" and kind in HEALED:
                 mixture += spread(chosen, size // 3)
+                three += chosen
     write(out / "mixture-train.jsonl", mixture)
+    write(out / "three-train.jsonl", three)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Result};
-use super::files::AtomicFile;
+use super::files::{AtomicFile, read_plain};
 use super::hash::Sha256Digest;
 
 /// The head of every JSON file that interlace writes; flattened into the artifact.
@@ -87,9 +87,12 @@ const KINDS: &[(&str, &str, &str)] = &[
     ("a report", "model", "eval"),
 ];
 
+/// Most bytes of an artifact.
+const MOST_BYTES: u64 = 1 << 30;
+
 /// Reads an artifact of the given schema version.
 ///
-/// Errors: `Error::Io` when unreadable; `Error::Invalid` when it is not JSON of that type or of another version.
+/// Errors: as [`read_plain`], for more than 1 GiB; `Error::Invalid` when it is not JSON of that type or of another version.
 pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Result<T> {
     read(path, schema_version, None)
 }
@@ -115,7 +118,7 @@ fn other_kind(path: &Path, value: &serde_json::Value, expected: &str) -> Option<
 
 fn read<T: DeserializeOwned>(path: &Path, schema_version: u32, expected: Option<&str>) -> Result<T> {
     let subject = || format!("`{}`", path.display());
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let bytes = read_plain(path, MOST_BYTES)?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
         Error::invalid(subject(), format!("not JSON: {e}")).remedy("make it again with the verb that writes it")
     })?;

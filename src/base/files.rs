@@ -1,7 +1,7 @@
 //! Files: memory maps, atomic writes (temporary file, then rename), and paths that stay inside a folder.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
@@ -11,7 +11,7 @@ use memmap2::Mmap;
 use super::error::{Error, Result};
 use super::paths::refuse_hub_cache;
 use super::staging::{folder_of, hold, temporary_of};
-use super::text::shortened;
+use super::text::{human_bytes, shortened};
 
 /// Bytes that a user may still write on the disk of `path`, or of the nearest folder above it that exists.
 ///
@@ -50,6 +50,25 @@ pub fn check_output_file(path: &Path) -> Result<()> {
             .remedy("name a file in it"));
     }
     Ok(())
+}
+
+/// The content of a plain file of at most `most` bytes.
+///
+/// Errors: `Error::Io` when it cannot be read; `Error::Invalid` for a folder, a device or a pipe, and for a larger file.
+pub fn read_plain(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let subject = || format!("`{}`", path.display());
+    // Before the file is opened, since opening a pipe waits for its writer.
+    if !fs::metadata(path).map_err(|e| Error::io("read", path, e))?.is_file() {
+        return Err(Error::invalid(subject(), "is not a plain file").remedy("give the path of a file"));
+    }
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let mut content = Vec::new();
+    file.take(most.saturating_add(1)).read_to_end(&mut content).map_err(|e| Error::io("read", path, e))?;
+    if content.len() as u64 > most {
+        return Err(Error::invalid(subject(), format!("is larger than {}", human_bytes(most)))
+            .remedy("name a file that interlace wrote"));
+    }
+    Ok(content)
 }
 
 /// A read-only memory map of a whole file.

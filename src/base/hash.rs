@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -27,9 +28,12 @@ pub fn sha256_bytes(bytes: &[u8]) -> Sha256Digest {
 
 /// Digest of a file's content, read in 1 MiB pieces.
 ///
-/// Errors: `Error::Io` when the file cannot be opened or read.
+/// Errors: `Error::Io` when the file cannot be opened or read; `Error::Invalid` for a device, which may have no end.
 pub fn sha256_file(path: &Path) -> Result<Sha256Digest> {
     let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    if file.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device()) {
+        return Err(Error::invalid(format!("`{}`", path.display()), "is a device").remedy("give the path of a file"));
+    }
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; 1 << 20];
     loop {

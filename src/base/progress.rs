@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::text::printable;
+
 /// Time between two lines where standard error is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(60);
 
@@ -21,7 +23,7 @@ pub fn set_quiet(quiet: bool) {
 pub fn notice(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::Relaxed) {
         // A closed standard error must not end the work.
-        let _ = writeln!(std::io::stderr().lock(), "{text}");
+        let _ = writeln!(std::io::stderr().lock(), "{}", printable(&text.to_string()));
     }
 }
 

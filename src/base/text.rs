@@ -1,4 +1,6 @@
-//! Formatting of sizes, lists and names in messages.
+//! Formatting of sizes, lists, names and tables in messages.
+
+use std::borrow::Cow;
 
 /// Units of sizes in arguments, in bytes, those first of which another is the end.
 pub const BYTE_UNITS: &[(&str, f64)] = &[
@@ -80,6 +82,57 @@ pub fn findings_preview(findings: &[String], shown: usize) -> String {
     text
 }
 
+/// The text with escapes (`\u{202e}`) in place of characters that change how a terminal shows the rest: control characters
+/// other than tab and line feed, and marks that turn the direction of text. Sequences that set colours stay.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| {
+        (c.is_control() && c != '\t' && c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let length = colour(rest).unwrap_or(c.len_utf8());
+        let (here, behind) = rest.split_at(length);
+        match here {
+            here if length == c.len_utf8() && hidden(c) => shown.extend(here.chars().flat_map(char::escape_unicode)),
+            here => shown.push_str(here),
+        }
+        rest = behind;
+    }
+    Cow::Owned(shown)
+}
+
+/// Bytes of the sequence that sets a colour at the start of a text.
+fn colour(text: &str) -> Option<usize> {
+    let inside = text.strip_prefix("\u{1b}[")?;
+    let end = inside.find(|c: char| !c.is_ascii_digit() && c != ';')?;
+    inside[end..].starts_with('m').then_some(end + 3)
+}
+
+/// A table whose first row is the header; columns after the first are right-aligned.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = widths.iter().enumerate().map(|(column, &width)| {
+            let cell = row.get(column).map_or("", String::as_str);
+            if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
+    };
+    let mut lines: Vec<String> = rows.iter().map(line).collect();
+    if lines.len() > 1 {
+        lines.insert(1, "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
+    }
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +146,28 @@ mod tests {
         let long = clipped(&format!("invalid type: \"{}\", expected a list", "ä".repeat(5000)));
         assert!(long.starts_with("invalid type: \"ä") && long.ends_with("ä\", expected a list"), "{long}");
         assert_eq!(long.chars().count(), 182);
+    }
+
+    #[test]
+    fn tables_align_numbers_to_the_right() {
+        let rows = [["name", "loss"], ["dense", "9.5"], ["a longer one", "10.25"]];
+        let rows: Vec<Vec<String>> = rows.iter().map(|row| row.map(String::from).to_vec()).collect();
+        let want = "name           loss\n-------------------\ndense           9.5\na longer one  10.25";
+        assert_eq!(table(&rows), want);
+    }
+
+    #[test]
+    fn names_cannot_change_how_a_terminal_shows_the_rest() {
+        for (text, want) in [
+            ("ä.png\t1\n", "ä.png\t1\n"),
+            ("a\u{202e}gnp.exe", "a\\u{202e}gnp.exe"),
+            ("\u{2066}x\u{2069}", "\\u{2066}x\\u{2069}"),
+            ("\u{1b}]0;title\u{7}", "\\u{1b}]0;title\\u{7}"),
+            ("\u{1b}[2J\rok\u{9b}1m", "\\u{1b}[2J\\u{d}ok\\u{9b}1m"),
+            ("\u{1b}[1;31mred\u{1b}[0m\u{1b}[", "\u{1b}[1;31mred\u{1b}[0m\\u{1b}["),
+        ] {
+            assert_eq!(printable(text), want);
+        }
     }
 
     #[test]

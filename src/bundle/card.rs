@@ -53,9 +53,22 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
         if let RecordedStep::Quantise { precisions } = step {
             lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
         }
+        if let RecordedStep::Vocabulary { kept, of } = step {
+            lines.push(format!(
+                "- The head has {kept} of {of} tokens, those of one domain. The others are never written."
+            ));
+        }
         if let RecordedStep::Pictures { keys } = step {
             let keys: Vec<String> = keys.iter().map(|(key, value)| format!("`{key}` is {value}")).collect();
             lines.push(format!("- Pictures have fewer tokens: {} in the image processor's config.", keys.join(", ")));
+        }
+        if let RecordedStep::ImageTokens { keep } = step {
+            lines.push(match *keep < 1.0 {
+                true => {
+                    format!("- {}% of each picture's tokens are read, chosen by `token_pruner.onnx`.", 100.0 * keep)
+                }
+                false => "- All of each picture's tokens are read.".to_string(),
+            });
         }
         if let RecordedStep::Graft { tensors } = step {
             lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));

@@ -19,6 +19,9 @@ const GENAI_SECTIONS: &[(&str, Role)] = &[
     ("decoder", Role::Decoder),
 ];
 
+/// Stem of the token pruner's file.
+pub(super) const TOKEN_PRUNER: &str = "token_pruner";
+
 /// Components of `export.json`.
 const EXPORT_COMPONENTS: &[(&str, Role)] = &[
     ("prefill", Role::DecoderPrefill),
@@ -44,11 +47,26 @@ const EXPORT_COMPONENTS: &[(&str, Role)] = &[
 /// Errors: `Error::Io` and `Error::Invalid` when the file that lists them cannot be read or lists a missing file;
 /// `Error::Unsupported` for unknown components.
 pub(super) fn find(layout: &FolderLayout, root: &Path, listing: &Listing) -> Result<Vec<Component>> {
-    match layout.components {
-        Components::Stems(rows) => Ok(components_by_stem(listing, rows)),
-        Components::GenaiConfig => components_of_genai(root, listing),
-        Components::ExportJson => components_of_export(root, listing),
-    }
+    let mut components = match layout.components {
+        Components::Stems(rows) => components_by_stem(listing, rows),
+        Components::GenaiConfig => components_of_genai(root, listing)?,
+        Components::ExportJson => components_of_export(root, listing)?,
+    };
+    components.extend(token_pruner(&components, listing));
+    Ok(components)
+}
+
+/// The token pruner of every layout, a file beside the decoder's.
+fn token_pruner(components: &[Component], listing: &Listing) -> Option<Component> {
+    let decoder = components.iter().find(|component| component.role.is_decoder())?;
+    let (stem, variant) = (beside(&decoder.file, TOKEN_PRUNER), String::new());
+    let file = format!("{stem}.onnx");
+    listing.has(&file).then(|| Component { role: Role::TokenPruner, stem, variant, file, external: Vec::new() })
+}
+
+/// A path in the folder of another file.
+pub(super) fn beside(file: &str, name: &str) -> String {
+    file.rsplit_once('/').map_or(name.to_string(), |(folder, _)| format!("{folder}/{name}"))
 }
 
 fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component> {

@@ -20,6 +20,8 @@ pub enum Role {
     DecoderWithPast,
     /// The vision encoder's features to the decoder's width, where it is a file of its own.
     Projector,
+    /// Embeddings of a prompt with pictures to the tokens that the decoder reads: leaves image tokens out.
+    TokenPruner,
     /// The language model's last hidden state to logits, where it is a file of its own.
     LmHead,
     /// Sounds to features in the decoder's width: carried along, not run.
@@ -39,6 +41,11 @@ impl Role {
         matches!(self, Role::AudioEncoder | Role::ImageGenerator)
     }
 
+    /// True when the component has weights, so that it has precision variants.
+    pub fn has_weights(self) -> bool {
+        self != Role::TokenPruner
+    }
+
     /// Name in messages and reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -48,6 +55,7 @@ impl Role {
             Role::DecoderPrefill => "decoder_prefill",
             Role::DecoderWithPast => "decoder_with_past",
             Role::Projector => "projector",
+            Role::TokenPruner => "token_pruner",
             Role::LmHead => "lm_head",
             Role::AudioEncoder => "audio_encoder",
             Role::ImageGenerator => "image_generator",

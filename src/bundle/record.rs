@@ -57,10 +57,22 @@ pub enum RecordedStep {
         /// Names of the precisions, as `export --precision` takes them.
         precisions: Vec<String>,
     },
+    /// The head was cut to the tokens that a corpus uses.
+    Vocabulary {
+        /// Tokens that keep their logits.
+        kept: usize,
+        /// Tokens of the head before.
+        of: usize,
+    },
     /// Keys of the image processor's config were set.
     Pictures {
         /// The keys with their values now.
         keys: serde_json::Map<String, Value>,
+    },
+    /// Image tokens are left out between embedding and decoder, by a graph of their own.
+    ImageTokens {
+        /// Part of each picture's tokens that stays; 1 removed that graph.
+        keep: f64,
     },
     /// Finetuned weights of a checkpoint were written into the graphs.
     Graft {

@@ -12,6 +12,16 @@ use super::layout::{Role, VARIANTS};
 /// Name of the files without a suffix on the command line, as transformers.js calls them.
 const FULL: &str = "fp32";
 
+/// Precisions of `export --precision`, with the variants that they write.
+pub const PRECISION_VARIANTS: &[(&str, &str)] =
+    &[("fp16", "fp16"), ("int8", "quantized"), ("int8-qdq", "int8"), ("int4", "q4"), ("q4f16", "q4f16")];
+
+/// A hint for a variant that is named as a precision of `export` which writes another variant.
+fn hint(name: &str) -> Option<String> {
+    let (_, variant) = PRECISION_VARIANTS.iter().find(|(precision, own)| *precision == name && own != precision)?;
+    Some(format!("`export --precision {name}` writes the variant `{variant}`"))
+}
+
 /// Roles that a variant can be chosen for.
 pub(super) const ROLES: &[Role] = &[
     Role::VisionEncoder,
@@ -55,10 +65,13 @@ impl Variants {
                 format!("variant `{wanted}` of `{}`", first.stem),
                 format!("is not there; found {}", list_preview(&names, 6)),
             )
-            .remedy(format!(
-                "name a variant for each component, as in {}=q4, or leave `--variant` out",
-                first.role.name()
-            ))
+            .remedy(match hint(wanted) {
+                Some(hint) => format!("{hint}; name one that is there, or leave `--variant` out"),
+                None => {
+                    let role = first.role.name();
+                    format!("name a variant for each component, as in {role}=q4, or leave `--variant` out")
+                }
+            })
         })
     }
 }
@@ -71,7 +84,10 @@ impl FromStr for Variants {
             let names = || VARIANTS.iter().map(|name| if name.is_empty() { FULL } else { name });
             match names().any(|other| other == name) {
                 true => Ok(name.to_string()),
-                false => Err(format!("`{name}` is none of {}", names().collect::<Vec<_>>().join(", "))),
+                false => {
+                    let hint = hint(name).map(|hint| format!("; {hint}")).unwrap_or_default();
+                    Err(format!("`{name}` is none of {}{hint}", names().collect::<Vec<_>>().join(", ")))
+                }
             }
         };
         if !text.contains('=') {

@@ -8,12 +8,13 @@ use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, resolved_pat
 use crate::ir::Model;
 use crate::onnx::{self, Metadata, Storage};
 
+use super::components::{TOKEN_PRUNER, beside};
 use super::json::{Document, Edit, JsonKind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
-    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, pictures,
-    read_text,
+    AssetKind, Bundle, Component, RECORD_FILE, Role, SINGLE_FILE, card, chunks, export_json, is_external_data_of,
+    pictures, read_text,
 };
 
 /// Size in bytes above which a variant's weights continue in a new file: browsers hold at most 2 GiB in one buffer.
@@ -218,6 +219,23 @@ impl<'a> BundleWriter<'a> {
                 .remedy("add `preprocessor_config.json` of the model"));
         }
         self.steps.push(RecordedStep::Pictures { keys: keys.clone() });
+        Ok(())
+    }
+
+    /// Adds the graph that leaves image tokens out, beside the decoder and in place of one that is there, and records the step;
+    /// without a graph the folder gets none.
+    ///
+    /// Errors: `Error::Invalid` for a model without a decoder; as `onnx::save`.
+    pub fn set_token_pruner(&mut self, keep: f64, pruner: Option<&Model>) -> Result<()> {
+        let old = self.bundle.component(Role::TokenPruner).map(|component| component.file.clone());
+        self.set_aside.extend(old);
+        if let Some(pruner) = pruner {
+            let decoder = self.bundle.components().iter().find(|component| component.role.is_decoder());
+            let decoder = decoder.map_or_else(|| self.bundle.require(Role::Decoder), Ok)?;
+            let file = format!("{}.onnx", beside(&decoder.file, TOKEN_PRUNER));
+            onnx::save(pruner, &self.target(&file)?, &Storage::Inline)?;
+        }
+        self.steps.push(RecordedStep::ImageTokens { keep });
         Ok(())
     }
 

@@ -123,6 +123,14 @@ pub fn amount_or_none(text: &str) -> Result<u64, String> {
     if text == "0" { Ok(0) } else { amount(text) }
 }
 
+/// A part above 0 and at most 1.
+pub fn part(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("must be a number above 0 and at most 1, as in 0.5".to_string()),
+    }
+}
+
 /// A positive integer.
 pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {

@@ -163,6 +163,14 @@ fn report_table(report: &BenchReport) -> String {
     let mut text = table(&rows);
     if let Some((ideal, part)) = speedup.and_then(|speedup| speedup.ideal.zip(speedup.decoder_ttft_of_ideal)) {
         text.push_str(&format!("\nideal speed-up of the decoder {ideal:.3}, reached {:.1}%", 100.0 * part));
+    } else if report
+        .baseline
+        .as_ref()
+        .is_some_and(|baseline| baseline.layers.is_some() && report.model.layers.is_some())
+    {
+        text.push_str(
+            "\nno ideal speed-up: the decoders are in different precisions, not in different numbers of layers alone",
+        );
     }
     text
 }

@@ -1,17 +1,18 @@
 //! `interlace export`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::base::{Error, human_bytes};
+use crate::base::{Error, ScratchDir, StagedDir, folder_of, human_bytes};
 use crate::bundle::{Bundle, ModelSource};
 use crate::checkpoint::checkpoint_on_disk;
+use crate::data::Dataset;
 use crate::export::triton::{Accelerator, InstanceKind, Serving, Versions};
-use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
+use crate::export::{self, ExportSettings, ExportTarget, TARGETS, VocabularyReport, target_named};
 
 use super::args::{amount, model};
 use super::context::{Context, Outcome};
-use super::output::table;
-use super::precision::{PrecisionArgs, print_components, report_precision};
+use super::output::{Output, table};
+use super::precision::{PrecisionArgs, print_precision};
 
 /// Write the model in the layout of a server, a library or the hub
 #[derive(clap::Args)]
@@ -22,10 +23,14 @@ pub struct Args {
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
-    #[arg(required_unless_present = "precision")]
+    #[arg(required_unless_present_any = ["precision", "vocabulary"])]
     to: Option<&'static ExportTarget>,
     #[command(flatten)]
     precision: PrecisionArgs,
+    /// Keep only the rows of the head whose tokens are in this corpus, in the forms that `score` reads, and those with which
+    /// every text can be written; other tokens get logits of minus infinity [default: all rows]
+    #[arg(long, value_name = "DATA")]
+    vocabulary: Option<PathBuf>,
     /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
@@ -53,7 +58,8 @@ pub struct Args {
     /// Model before it was trained, pruned or not; needed with --base for a trained model
     #[arg(long, value_name = "MODEL")]
     dense: Option<PathBuf>,
-    /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
+    /// Set the largest size of a file of weights, such as 100MB (transformers-js, genai, openvino, safetensors) [default: 5GB
+    /// for safetensors, 2GB for transformers-js, else unlimited]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
@@ -109,10 +115,74 @@ fn targets_help() -> String {
     format!("The layout to write:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
+/// Errors: `Error::Invalid` for a setting of targets, of which none is named.
+fn refuse_settings(settings: &ExportSettings) -> anyhow::Result<()> {
+    match settings.first_set() {
+        Some(flag) => Err(Error::invalid(format!("`{flag}`"), "is read by targets, and none is named")
+            .remedy("give `--to`, or leave it out")
+            .into()),
+        None => Ok(()),
+    }
+}
+
+/// Errors: `Error::Invalid` for a smaller head in a target that writes the weights of a checkpoint.
+fn refuse_vocabulary(args: &Args) -> anyhow::Result<()> {
+    match args.to.filter(|target| args.vocabulary.is_some() && !target.reads("--variant")) {
+        Some(target) => Err(Error::invalid("`--vocabulary`", format!("is not read by the target `{}`", target.name))
+            .remedy("leave it out: a checkpoint has the whole head")
+            .into()),
+        None => Ok(()),
+    }
+}
+
+fn write_vocabulary(bundle: &Bundle, corpus: &Dataset, folder: &Path, context: &Context) -> anyhow::Result<Outcome> {
+    let report = export::write_vocabulary(bundle, corpus, &context.cancel, folder)?;
+    match context.output.json {
+        true => context.output.json(&report)?,
+        false => print_vocabulary(&report, &context.output)?,
+    }
+    Ok(Outcome::Done)
+}
+
+/// The model with the smaller head, in a scratch folder beside the output.
+fn scratch_with_vocabulary(
+    bundle: &Bundle,
+    corpus: &Dataset,
+    output: &Path,
+    scratch: &mut Option<ScratchDir>,
+    context: &Context,
+) -> anyhow::Result<Bundle> {
+    // The folder is made for nothing but its errors, which would otherwise come late.
+    drop(StagedDir::create(output)?);
+    let name = bundle.name();
+    let folder = scratch.insert(ScratchDir::create_in(folder_of(output))?).path();
+    let folder = folder.join(name.rsplit('/').next().unwrap_or(&name));
+    let report = export::write_vocabulary(bundle, corpus, &context.cancel, &folder)?;
+    if !context.output.json {
+        print_vocabulary(&report, &context.output)?;
+    }
+    Ok(Bundle::open(&folder)?)
+}
+
+fn print_vocabulary(report: &VocabularyReport, output: &Output) -> anyhow::Result<()> {
+    let VocabularyReport { samples, in_corpus, essential, kept, of, files, .. } = report;
+    output.line(format!(
+        "head: {kept} of {of} tokens: {in_corpus} of {samples} samples, and {essential} with which every text can be written"
+    ))?;
+    for file in files {
+        let (before, now) = (human_bytes(file.weight_bytes_before), human_bytes(file.weight_bytes));
+        output.line(format!("{}: weights of {before} before, {now} now", file.file))?;
+    }
+    Ok(())
+}
+
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    args.precision.check()?;
+    refuse_vocabulary(&args)?;
     let variants = args.variant.as_deref().map(str::parse).transpose();
     let variants = variants.map_err(|problem: String| Error::invalid("`--variant`", problem))?;
     let bundle = Bundle::open(ModelSource::find(&args.model, variants, &context.cancel)?.path())?;
+    let output = &context.output;
     let base = args.base.map(|base| checkpoint_on_disk(&base, &context.cancel)).transpose()?;
     let dense = args.dense.map(|dense| model(&dense, context)).transpose()?;
     let settings = ExportSettings {
@@ -128,25 +198,35 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         reports: args.report,
         shard_bytes: args.shard_size,
     };
-    let output = &context.output;
+    let mut scratch = None;
+    let bundle = match &args.vocabulary {
+        None => bundle,
+        Some(corpus) => {
+            let corpus = Dataset::open_for(corpus, &bundle, &args.precision.reading())?;
+            if args.to.is_none() && args.precision.is_empty() {
+                refuse_settings(&settings)?;
+                return write_vocabulary(&bundle, &corpus, &args.output, context);
+            }
+            scratch_with_vocabulary(&bundle, &corpus, &args.output, &mut scratch, context)?
+        }
+    };
     let export = match (args.to, args.precision.is_empty()) {
         (Some(target), true) => export::export(&bundle, target, &settings, &args.output)?,
         (target, _) => {
             let data = args.precision.dataset(&bundle)?;
             let request = args.precision.request(data.as_ref(), &context.cancel);
             let Some(target) = target else {
-                if let Some(flag) = settings.first_set() {
-                    let problem = "is read by targets, and none is named";
-                    return Err(Error::invalid(format!("`{flag}`"), problem)
-                        .remedy("give `--to`, or leave it out")
-                        .into());
-                }
+                refuse_settings(&settings)?;
                 let report = export::write_variants(&bundle, &request, &args.output)?;
-                return report_precision(&report.components, &report, context);
+                match output.json {
+                    true => output.json(&report)?,
+                    false => print_precision(&report.components, report.sensitivity.as_ref(), output)?,
+                }
+                return Ok(Outcome::Done);
             };
             let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
             if !output.json {
-                print_components(&export.precision, output)?;
+                print_precision(&export.precision, export.sensitivity.as_ref(), output)?;
             }
             export
         }

@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use owo_colors::OwoColorize;
 use serde::Serialize;
 
-use crate::base::Error;
+pub use crate::base::table;
+use crate::base::{Error, printable};
 use crate::runtime::Profile;
 
 /// Form of the printed results.
@@ -23,7 +24,7 @@ impl Output {
     ///
     /// Errors: when standard output cannot be written.
     pub fn line(&self, text: impl Display) -> io::Result<()> {
-        writeln!(anstream::stdout().lock(), "{text}")
+        writeln!(anstream::stdout().lock(), "{}", printable(&text.to_string()))
     }
 
     /// Prints the whole result as indented JSON on standard output.
@@ -37,13 +38,13 @@ impl Output {
     /// Prints a message on standard error, unless `--quiet`.
     pub fn note(&self, text: impl Display) {
         if !self.quiet {
-            let _ = writeln!(anstream::stderr().lock(), "{text}");
+            let _ = writeln!(anstream::stderr().lock(), "{}", printable(&text.to_string()));
         }
     }
 
     /// Prints a warning on standard error, even with `--quiet`.
     pub fn warn(&self, text: impl Display) {
-        let _ = writeln!(anstream::stderr().lock(), "{} {text}", "warning:".yellow().bold());
+        let _ = writeln!(anstream::stderr().lock(), "{} {}", "warning:".yellow().bold(), printable(&text.to_string()));
     }
 }
 
@@ -85,9 +86,9 @@ pub fn print_error(error: &anyhow::Error, json: bool) {
         previous = text;
     }
     let mut stream = anstream::stderr().lock();
-    let _ = writeln!(stream, "{} {error}", "error:".red().bold());
+    let _ = writeln!(stream, "{} {}", "error:".red().bold(), printable(&error.to_string()));
     for cause in &causes {
-        let _ = writeln!(stream, "  caused by: {cause}");
+        let _ = writeln!(stream, "  caused by: {}", printable(cause));
     }
     if json {
         let code = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map_or("other", Error::code);
@@ -102,38 +103,4 @@ pub fn print_error(error: &anyhow::Error, json: bool) {
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
     error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(closed))
-}
-
-/// A table whose first row is the header; columns after the first are right-aligned.
-pub fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let line = |row: &Vec<String>| {
-        let cells = widths.iter().enumerate().map(|(column, &width)| {
-            let cell = row.get(column).map_or("", String::as_str);
-            if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-        });
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
-    };
-    let mut lines: Vec<String> = rows.iter().map(line).collect();
-    if lines.len() > 1 {
-        lines.insert(1, "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
-    }
-    lines.join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tables_align_numbers_to_the_right() {
-        let rows = [["name", "loss"], ["dense", "9.5"], ["a longer one", "10.25"]];
-        let rows: Vec<Vec<String>> = rows.iter().map(|row| row.map(String::from).to_vec()).collect();
-        let want = "name           loss\n-------------------\ndense           9.5\na longer one  10.25";
-        assert_eq!(table(&rows), want);
-    }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
-use crate::method::select::{Measures, STRATEGIES, Strategy};
+use crate::method::select::{DEFAULT_STRATEGY, Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
@@ -28,7 +28,7 @@ pub struct Args {
     /// Read the scores that `interlace score` wrote for this model
     #[arg(long, value_name = "FILE")]
     scores: Option<PathBuf>,
-    /// Choose layers by this strategy; see the list below [default: interlace, or explicit with --drop]
+    /// Choose layers by this strategy; see the list below [default: shortgpt, or explicit with --drop]
     #[arg(long, value_name = "NAME", long_help = strategies_help())]
     strategy: Option<String>,
     /// Drop this fraction of the decoder's layers, between 0 and 1, rounded down to whole layers
@@ -84,13 +84,13 @@ pub struct Args {
 
 fn strategies_help() -> String {
     let rows = STRATEGIES.iter().map(|strategy| format!("  {:<16}{}", strategy.name, strategy.summary));
-    format!("How to choose:\n{}\n[default: interlace, or explicit with --drop]", rows.collect::<Vec<_>>().join("\n"))
+    format!("How to choose:\n{}\n[default: {DEFAULT_STRATEGY}, or explicit with --drop]", rows.collect::<Vec<_>>().join("\n"))
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     check_output_file(&args.output)?;
     let strategy =
-        args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
+        args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { DEFAULT_STRATEGY }.to_string());
     let how_many = [
         args.drop.map(|layers| HowMany::Drop(layers.0)),
         args.drop_count.map(HowMany::DropCount),

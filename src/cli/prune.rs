@@ -10,7 +10,7 @@ use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
 use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
 
-use super::args::{LayerList, model, positive};
+use super::args::{LayerList, model, part, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{Output, table};
@@ -20,7 +20,7 @@ use super::output::{Output, table};
 #[command(after_help = "Example:\n  interlace prune model/ --plan plan.json -o pruned/\n  \
     interlace prune model/ --drop 2,5 -o pruned/\n  \
     interlace prune model/ --plan plan.json --compensate linear --data train.parquet -o pruned/")]
-#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop", "drop_mlps"])))]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop", "drop_mlps", "keep_image_tokens"])))]
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
@@ -33,6 +33,10 @@ pub struct Args {
     /// Drop the MLPs of the decoder layers with these indices from 0, as in 2,5: attention, caches and configs stay
     #[arg(long, value_name = "LAYERS")]
     drop_mlps: Option<LayerList>,
+    /// Read only this part of each picture's tokens, those least like each other (DART): adds a graph between embedding and
+    /// decoder, token_pruner.onnx, and drops no layer; 1 takes it out
+    #[arg(long, value_name = "PART", value_parser = part, conflicts_with_all = ["component", "deepstack", "compensate"])]
+    keep_image_tokens: Option<f64>,
     /// Drop layers of this component
     #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with_all = ["plan", "drop_mlps"])]
     component: Component,
@@ -93,6 +97,17 @@ enum DeepstackRule {
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = model(&args.model, context)?.open()?;
+    if let Some(keep) = args.keep_image_tokens {
+        let kept = steps::keep_image_tokens(&bundle, keep, &args.output)?;
+        match (context.output.json, kept.pruner) {
+            (true, _) => context.output.json(&kept)?,
+            (_, true) => context
+                .output
+                .line(format!("{}% of each picture's tokens are read, chosen by token_pruner.onnx", 100.0 * keep))?,
+            _ => context.output.line("all of each picture's tokens are read")?,
+        }
+        return Ok(Outcome::Done);
+    }
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
     let layers = args.drop.as_ref().map_or(&[][..], |list| list.0.as_slice());
     let mlps = args.drop_mlps.as_ref().map(|list| list.0.as_slice());

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::base::{human_bytes, peak_memory_bytes};
 use crate::pipeline::{self, MANIFEST_FILE, Recipe, TABLE_FILE};
+use crate::report::draw_front;
 
 use super::context::{Context, Outcome};
 use super::output::table;
@@ -41,6 +42,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         "table: {0}/{TABLE_FILE}.json and {TABLE_FILE}.md; digests: {0}/{MANIFEST_FILE}",
         result.folder.display()
     ));
+    if let Some(chart) = draw_front(&result.folder)? {
+        output.note(format!("chart: {}", chart.display()));
+    }
     output.note(format!(
         "total time {:.0} s, peak memory {}",
         start.elapsed().as_secs_f64(),

@@ -4,11 +4,11 @@ use schemars::{Schema, schema_for};
 
 use crate::bundle::{ExportManifest, Record};
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
-use crate::export::{Export, PrecisionReport};
+use crate::export::{Export, PrecisionReport, VocabularyReport};
 use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
-use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
+use crate::pipeline::steps::{Generations, ImageTokens, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Costs, Manifest, Quality, Recipe, RunState, Sweep, SweepTable, Table, TuneReport};
 
 /// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
@@ -20,6 +20,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("finetune", schema_for!(Report)),
         ("generate", schema_for!(Generations)),
         ("graft", schema_for!(GraftTable)),
+        ("image-tokens", schema_for!(ImageTokens)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("likelihood-report", schema_for!(LikelihoodReport)),
@@ -40,5 +41,6 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("tune-costs", schema_for!(Costs)),
         ("tune-quality", schema_for!(Quality)),
         ("verify", schema_for!(VerifyReport)),
+        ("vocabulary", schema_for!(VocabularyReport)),
     ]
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::pipeline::{self, SWEEP_FILE, Sweep};
+use crate::report::draw_front;
 
 use super::context::{Context, Outcome};
 use super::output::table;
@@ -36,5 +37,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.line("Pareto: no other row keeps as much of the dense model and is as fast, and one of them more")?;
     }
     output.note(format!("table: {0}/{SWEEP_FILE}.json and {SWEEP_FILE}.md", result.folder.display()));
+    if let Some(chart) = draw_front(&result.folder)? {
+        output.note(format!("chart: {}", chart.display()));
+    }
     Ok(Outcome::Done)
 }

@@ -20,6 +20,7 @@ use super::output::{Output, table};
     interlace tune model/ --size 300MB --data data.parquet --work tuned.work --replan\n\n\
     What each layer and each picture token costs here, and what each choice costs in likelihood of the right answers, is\n\
     measured once and kept in the work folder. Another target needs no measurement then: --replan answers from it alone.\n\
+    Where the model meets the target as it is, OUT is the unchanged model.\n\
     Exit code 2, and no model, where the target cannot be met; the message says what can.")]
 #[command(group(clap::ArgGroup::new("target").required(true).multiple(true).args(["ttft", "tokens_per_s", "size"])))]
 pub struct Args {
@@ -28,7 +29,7 @@ pub struct Args {
     /// Reach the first token within this time from an encoded picture and a question, as in 800ms or 1.2s
     #[arg(long, value_name = "TIME", value_parser = value_of("ttft"))]
     ttft: Option<f64>,
-    /// Generate at least this number of tokens per second, one answer at a time
+    /// Generate at least this number of tokens per second behind the first one, one answer at a time
     #[arg(long, value_name = "N", value_parser = value_of("tokens-per-s"))]
     tokens_per_s: Option<f64>,
     /// Make the components that are run at most this large together, as in 300MB or 1.5GiB
@@ -38,7 +39,7 @@ pub struct Args {
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns
-    /// before it (separate)
+    /// before it (separate). Times are measured with one sample's question, whose length depends on this
     #[arg(long, value_name = "HOW", default_value = "conversation")]
     turns: Turns,
     /// Ignore these columns or keys, besides ids, sources and others without a part of the conversation
@@ -81,10 +82,10 @@ pub struct Args {
     #[arg(long, default_value = "cpu")]
     device: Device,
     /// Keep measurements and candidates in this folder [default: OUT.work]
-    #[arg(long, value_name = "FOLDER", required_unless_present = "output")]
+    #[arg(long, value_name = "FOLDER")]
     work: Option<PathBuf>,
     /// Plan from the measurements in the work folder, and make nothing
-    #[arg(long, conflicts_with = "output")]
+    #[arg(long, conflicts_with = "output", requires = "work")]
     replan: bool,
     /// Write the chosen model to this new folder
     #[arg(short, long, value_name = "OUT", required_unless_present = "replan")]
@@ -168,7 +169,13 @@ pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Res
 }
 
 fn print(report: &TuneReport, output: &Output) -> anyhow::Result<()> {
-    output.line(table(&report.cost_cells()))?;
+    output.line(table(&report.costs.cells()))?;
+    if report.costs.is_noisy() {
+        output.line(
+            "a time below 0 is noise: a layer's time is measured by difference, and all layers together add up to more than the \
+             whole",
+        )?;
+    }
     output.line("")?;
     output.line(table(&report.plan_cells()))?;
     output.line("")?;
@@ -186,6 +193,9 @@ fn print(report: &TuneReport, output: &Output) -> anyhow::Result<()> {
         output.line(
             "candidates are chosen by their held-back loss, so measure the chosen one on data that nothing here has read",
         )?;
+    }
+    if report.best.is_whole() {
+        output.line("the model meets the target as it is, so nothing is left out")?;
     }
     for note in &report.notes {
         output.warn(note);

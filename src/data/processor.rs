@@ -1,5 +1,7 @@
 //! Encodes conversations about pictures as network inputs: token ids, pixel values and the mask of answer tokens.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use crate::base::{Error, Result};
@@ -168,6 +170,11 @@ impl Processor {
                     .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model")
             }
         }
+    }
+
+    /// Ids with which every text can be written and ended: added tokens, tokens of one byte or character, and end tokens.
+    pub fn essential_ids(&self) -> BTreeSet<u32> {
+        self.tokenizer.essential().into_iter().chain(self.eos.iter().copied()).collect()
     }
 
     /// Ids that end the generation.

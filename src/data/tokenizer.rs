@@ -1,6 +1,6 @@
 //! A model's tokenizer: `tokenizer.json`, and the special tokens that the configs name.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
 use serde_json::{Map, Value};
@@ -63,6 +63,13 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// Ids with which every text can be written: added tokens, such as those that end an answer, and tokens of one byte or character.
+    pub fn essential(&self) -> BTreeSet<u32> {
+        let added = self.inner.get_added_tokens_decoder();
+        let all = self.inner.get_vocab(true).into_iter();
+        all.filter(|(token, id)| added.contains_key(id) || is_single(token)).map(|(_, id)| id).collect()
+    }
+
     /// True for an added token that is marked special.
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
@@ -122,6 +129,13 @@ impl Tokenizer {
     }
 }
 
+/// True for a byte, as in `<0x0A>`, and for a character, alone or behind the mark of a word's begin or middle.
+fn is_single(token: &str) -> bool {
+    let is_byte = token.len() == 6 && token.starts_with("<0x") && token.ends_with('>');
+    let behind = ["\u{2581}", "##"].iter().find_map(|mark| token.strip_prefix(mark)).filter(|rest| !rest.is_empty());
+    is_byte || behind.unwrap_or(token).chars().count() == 1
+}
+
 /// Copies the entries whose name ends in `_token`, such as `"eos_token": "</s>"` or
 /// `"eos_token": {"content": "</s>", ..}`.
 fn collect_tokens(from: &Map<String, Value>, into: &mut Map<String, Value>) {
@@ -129,6 +143,21 @@ fn collect_tokens(from: &Map<String, Value>, into: &mut Map<String, Value>) {
         let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
         if let Some(text) = text.filter(|_| name.ends_with("_token")) {
             into.insert(name.clone(), text.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn single_bytes_and_characters_are_recognised_in_every_tokenizer_s_spelling() {
+        for token in ["a", "\u{120}", "\u{4e2d}", "<0x0A>", "\u{2581}", "\u{2581}a", "##s"] {
+            assert!(is_single(token), "{token}");
+        }
+        for token in ["", "ab", "<0x0A", "\u{2581}ab", "##es", "##", "\u{120}a"] {
+            assert!(!is_single(token), "{token}");
         }
     }
 }

@@ -98,7 +98,8 @@ pub struct Speedup {
     pub pipeline_ttft: Option<Spread>,
     /// Ratio of the times per generated token.
     pub decode: Spread,
-    /// Layers of the baseline over layers of the model: what equal layers would give if nothing else took time.
+    /// Layers of the baseline over layers of the model: what equal layers would give if nothing else took time. Absent where the
+    /// decoders are in different precisions, because their layers are not equal.
     pub ideal: Option<f64>,
     /// `decoder_ttft.median` over `ideal`.
     pub decoder_ttft_of_ideal: Option<f64>,
@@ -109,6 +110,8 @@ struct Contestant {
     name: String,
     engine: Engine,
     layers: Option<usize>,
+    /// Variant of the decoder.
+    variant: String,
     size_bytes: u64,
     decoder_size_bytes: u64,
     load_ms: f64,
@@ -298,6 +301,7 @@ impl Contestant {
         let layers = bundle.config().and_then(|config| config.num_hidden_layers);
         Ok(Contestant {
             name: source.to_string(),
+            variant: bundle.require(Role::Decoder)?.variant.clone(),
             layers: layers.or((slots > 0 && slots % 2 == 0).then_some(slots / 2)),
             size_bytes,
             decoder_size_bytes: bundle.size_bytes(bundle.require(Role::Decoder)?)?,
@@ -355,7 +359,7 @@ impl Speedup {
         let pipeline: Option<Vec<f64>> = rounds().map(|(a, b)| Some(a.pipeline_ms? / b.pipeline_ms?)).collect();
         let decoder_ttft = ratios(|times| times.prefill_ms);
         let ideal = match (base.layers, model.layers) {
-            (Some(base), Some(model)) if model > 0 => Some(base as f64 / model as f64),
+            (Some(layers), Some(own)) if own > 0 && base.variant == model.variant => Some(layers as f64 / own as f64),
             _ => None,
         };
         Speedup {

@@ -34,7 +34,7 @@ pub use report::{
     Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, Likelihood, ModelScores, QuestionLikelihood, Retention,
 };
 pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, evaluate_with_peers, judge_predictions};
-pub use stage_times::{StageOptions, StageTimes, stage_times};
+pub use stage_times::{PictureSettings, StageOptions, StageTimes, stage_times};
 pub use stats::{Difference, Interval, PairedComparison, RESAMPLES, Spread, kept_likelihood};
 pub use summary::{compare, compare_over};
 pub use verify::{verify, verify_on};

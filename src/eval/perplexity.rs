@@ -129,7 +129,7 @@ fn sequence_loss(vlm: &mut VlmSession, encoded: Encoded) -> Result<SequenceLoss>
     let answers = encoded.answer_mask.clone();
     let prompt = encoded.into_prompt();
     let embedded = vlm.embed(&prompt)?;
-    let ids = &prompt.input_ids;
+    let (ids, answers) = (embedded.of_kept(&prompt.input_ids), embedded.of_kept(&answers));
     let decoder = vlm.decoder_mut();
     let name = decoder.logits_name().to_string();
     let logits = decoder.prefill_added(&Step::prefill(&[&embedded], false)?, &[], Some(&[&name]))?.take(&name)?;

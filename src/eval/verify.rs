@@ -202,7 +202,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             interpreter(part, &model, &mut embedding.into_session(), &feeds, runtime, checks);
         }
         // Weights without layers: loading is the only check that applies to them alone.
-        Role::Projector | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
+        Role::Projector | Role::TokenPruner | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
         Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
             let head_dim = bundle.config().and_then(|config| config.head_size());
             let decoder = Decoder::new(session, head_dim)?;
@@ -259,11 +259,12 @@ fn whole(source: &ModelSource, bundle: &Bundle, runtime: &Runtime, checks: &mut 
         .and_then(|mut model| {
             let prompt = picture_prompt(&model.processor)?;
             let tokens = prompt.input_ids.len();
-            model.vlm.embed(&prompt).map(|embedded| (tokens, embedded.hidden_size))
+            model.vlm.embed(&prompt).map(|embedded| (tokens, embedded.len(), embedded.hidden_size))
         });
     match outcome {
-        Ok((tokens, hidden)) => {
-            checks.add(name, subject, CheckStatus::Passed, format!("{tokens} tokens of width {hidden}"))
+        Ok((tokens, kept, hidden)) => {
+            let of = if kept < tokens { format!("{kept} of {tokens}") } else { tokens.to_string() };
+            checks.add(name, subject, CheckStatus::Passed, format!("{of} tokens of width {hidden}"))
         }
         Err(error) => checks.error(name, subject, &error),
     }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Result, Sha256Digest, sha256_file};
+use crate::base::{Error, Result, Sha256Digest, human_bytes, sha256_file};
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
+use crate::onnx::Storage;
 use crate::rewrite::{raise_opset, split_buffers, standard_operators};
 
 use super::record::ExportSettings;
@@ -24,7 +25,10 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
         }
         let all: Vec<&Component> =
             bundle.variants(component.role).filter(|other| other.stem == component.stem).collect();
-        chosen.extend(variants.choose(&all)?);
+        match component.role.has_weights() {
+            true => chosen.extend(variants.choose(&all)?),
+            false => chosen.push(component),
+        }
     }
     Ok(chosen)
 }
@@ -65,6 +69,33 @@ pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) 
         cap_ir_version(name, model, version)?;
     }
     Ok(())
+}
+
+/// Where the weights of a graph are written: inside the `.onnx` file if `inline`, else in `data_file` and further files of at
+/// most `chunk_bytes`. `--shard-size` limits the data files; weights that are larger in all leave the `.onnx` file for them.
+///
+/// Errors: `Error::Unsupported` naming a weight that alone is larger than `--shard-size`.
+pub(super) fn storage(
+    model: &Model,
+    settings: &ExportSettings,
+    inline: bool,
+    data_file: String,
+    chunk_bytes: Option<u64>,
+) -> Result<Storage> {
+    let Some(limit) = settings.shard_bytes else {
+        return Ok(if inline { Storage::Inline } else { Storage::External { file_name: data_file, chunk_bytes } });
+    };
+    let body = &model.graph.body;
+    if let Some((id, tensor)) = body.initializers.iter().find(|(_, tensor)| tensor.byte_len() > limit) {
+        let size = human_bytes(tensor.byte_len());
+        let problem = format!("has {size}, and a data file may hold {}", human_bytes(limit));
+        return Err(Error::unsupported(format!("weight `{}`", model.graph.name(*id)), problem)
+            .remedy("give a larger `--shard-size`, or split large weights with `--max-buffer`"));
+    }
+    Ok(match inline && body.weight_bytes() <= limit {
+        true => Storage::Inline,
+        false => Storage::External { file_name: data_file, chunk_bytes: Some(chunk_bytes.map_or(limit, |most| most.min(limit))) },
+    })
 }
 
 /// True for a file of the bundle that a model folder for another consumer keeps. The export has a card of its own.

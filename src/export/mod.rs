@@ -14,19 +14,22 @@ mod precision;
 mod record;
 pub mod transformers_js;
 pub mod triton;
+mod vocabulary;
 
 use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
-use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
+use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, Role};
 use crate::hub::commit_of;
 
 pub use precision::{
-    KeptOperators, KeptTensor, PRECISIONS, PrecisionReport, PrecisionRequest, PrecisionRow, PrecisionSettings,
-    QuantisedComponent, QuantisedTensor, RangeCalibration, export_variants, precision_named, write_variants,
+    BudgetRequest, KeptOperators, KeptTensor, PRECISIONS, PartSensitivity, PrecisionBudget, PrecisionReport,
+    PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, QuantisedTensor, RangeCalibration,
+    Sensitivity, WeightForm, export_variants, precision_named, write_variants,
 };
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+pub use vocabulary::{CutFile, VOCABULARY_FILE, VocabularyReport, write_vocabulary};
 
 /// Name of the model card.
 const CARD: &str = "README.md";
@@ -59,6 +62,8 @@ fn settings_of_targets() -> impl Iterator<Item = &'static Setting> {
 
 /// Settings of most targets that write graphs.
 const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER];
+/// The same of those that write data files beside the graphs.
+const SPLIT_GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER, SHARD_SIZE];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
@@ -79,7 +84,9 @@ pub struct ExportTarget {
     /// `library_name` in the model card: the library that loads it.
     library: &'static str,
     /// True when it has room for a component in several precisions.
-    writes_variants: bool,
+    pub writes_variants: bool,
+    /// Why it cannot serve a model that leaves image tokens out; `None` where it can.
+    without_token_pruner: Option<&'static str>,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -101,6 +108,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "tritonserver 2.51",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: Some("its models read a prompt with one token for each row of features"),
         settings: &[
             MAX_BATCH_SIZE,
             VARIANT,
@@ -122,7 +130,8 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
         writes_variants: true,
-        settings: GRAPHS,
+        without_token_pruner: Some("transformers.js counts image tokens itself and runs no other graph"),
+        settings: SPLIT_GRAPHS,
         write: transformers_js::write,
     },
     ExportTarget {
@@ -131,6 +140,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: None,
         settings: GRAPHS,
         write: generate::write,
     },
@@ -140,7 +150,8 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime-genai 0.18",
         library: "onnxruntime-genai",
         writes_variants: false,
-        settings: GRAPHS,
+        without_token_pruner: Some("ONNX Runtime GenAI counts image tokens itself and runs no other graph"),
+        settings: SPLIT_GRAPHS,
         write: genai::write,
     },
     ExportTarget {
@@ -149,7 +160,8 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "openvino 2026.4",
         library: "openvino",
         writes_variants: false,
-        settings: GRAPHS,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
+        settings: SPLIT_GRAPHS,
         write: plain::openvino,
     },
     ExportTarget {
@@ -158,6 +170,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30 and ONNX Runtime Web 1.31, from bytes",
         library: "onnx",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: GRAPHS,
         write: plain::single_file,
     },
@@ -167,6 +180,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "tract 0.23",
         library: "tract",
         writes_variants: false,
+        without_token_pruner: Some("no program is known that runs `token_pruner.onnx` between these components"),
         settings: &[VARIANT, MAX_IR_VERSION, OPSET],
         write: plain::tract,
     },
@@ -176,6 +190,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "transformers 5.24",
         library: "transformers",
         writes_variants: false,
+        without_token_pruner: Some("a checkpoint has weights alone"),
         settings: &[BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
@@ -196,10 +211,10 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
 /// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
-    export_quantised(bundle, target, settings, folder, Vec::new())
+    export_model(bundle, target, settings, folder, (Vec::new(), None))
 }
 
-/// [`export`] of a model of which these components were quantised before.
+/// [`export`] of a model that was quantised before.
 ///
 /// Errors: as there.
 fn export_quantised(
@@ -207,11 +222,26 @@ fn export_quantised(
     target: &ExportTarget,
     settings: &ExportSettings,
     folder: &Path,
-    precision: Vec<QuantisedComponent>,
+    report: PrecisionReport,
+) -> Result<Export> {
+    export_model(bundle, target, settings, folder, (report.components, report.sensitivity))
+}
+
+fn export_model(
+    bundle: &Bundle,
+    target: &ExportTarget,
+    settings: &ExportSettings,
+    folder: &Path,
+    (precision, sensitivity): (Vec<QuantisedComponent>, Option<Sensitivity>),
 ) -> Result<Export> {
     if let Some((name, _)) = settings_of_targets().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
+    }
+    if let (Some(pruner), Some(reason)) = (bundle.component(Role::TokenPruner), target.without_token_pruner) {
+        let subject = format!("`{}` in the target `{}`", pruner.file, target.name);
+        return Err(Error::unsupported(subject, reason)
+            .remedy("export the model as it was before, or take it out with `interlace prune --keep-image-tokens 1`"));
     }
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
@@ -228,7 +258,8 @@ fn export_quantised(
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;
     files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
-    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision };
+    let export =
+        Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision, sensitivity };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;

@@ -1,14 +1,14 @@
 //! The components under their own names, for engines that read ONNX files: OpenVINO, tract, and what takes one file alone.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use crate::base::{Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{Body, Model, Node, ValueId};
-use crate::onnx::{self, Storage};
+use crate::onnx;
 
-use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
+use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
 use super::configs::{object, pretty, with_chunks};
 use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -17,7 +17,30 @@ use super::record::{ExportSettings, ExportedModel, Written};
 ///
 /// Errors: as [`write`].
 pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write(bundle, settings, root, Weights::AsBefore, |_| {})
+    let mut written = write(bundle, settings, root, Weights::AsBefore, |_| {})?;
+    for file in written.models.keys() {
+        let model = onnx::load(&root.join(file))?;
+        let mut operators = BTreeSet::new();
+        microsoft_operators(&model.graph.body, &mut operators);
+        if !operators.is_empty() {
+            let operators = operators.into_iter().collect::<Vec<_>>().join(", ");
+            written.notes.push(format!(
+                "{file} has operators of ONNX Runtime's own domain com.microsoft ({operators}), of which OpenVINO knows only \
+                 some: load it there before you ship it, or give `--standard-ops`"
+            ));
+        }
+    }
+    Ok(written)
+}
+
+/// Operators of ONNX Runtime's own domain.
+fn microsoft_operators(body: &Body, found: &mut BTreeSet<String>) {
+    for node in &body.nodes {
+        if node.domain == "com.microsoft" {
+            found.insert(node.op_type.clone());
+        }
+        node.bodies().for_each(|inner| microsoft_operators(inner, found));
+    }
 }
 
 /// The folder with the weights of each component inside its `.onnx` file.
@@ -78,10 +101,8 @@ fn write(
         let folder = path.parent().unwrap_or(root);
         create(folder)?;
         let name = component.file.rsplit('/').next().unwrap_or(&component.file);
-        let storage = match weights == Weights::Inside || component.external.is_empty() {
-            true => Storage::Inline,
-            false => Storage::External { file_name: format!("{name}_data"), chunk_bytes: None },
-        };
+        let inline = weights == Weights::Inside || component.external.is_empty();
+        let storage = storage(&model, settings, inline, format!("{name}_data"), None)?;
         let data = onnx::save(&model, &path, &storage)?;
         if !data.is_empty() {
             chunks.insert(name.to_string(), data.len());

@@ -11,7 +11,7 @@ use crate::bundle::{Component, Role};
 use crate::graft::Unmatched;
 use crate::ir::Model;
 
-use super::precision::QuantisedComponent;
+use super::precision::{QuantisedComponent, Sensitivity};
 use super::triton::Serving;
 
 /// Version of the schema of an export's own record.
@@ -83,6 +83,9 @@ pub struct Export {
     /// Components that were quantised for this export.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub precision: Vec<QuantisedComponent>,
+    /// What their parts cost in fewer bits, where that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<Sensitivity>,
 }
 
 /// Where the weights of a written checkpoint come from.

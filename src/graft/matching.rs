@@ -75,9 +75,9 @@ impl<'a> Matcher<'a> {
         Ok(None)
     }
 
-    /// The tensors whose rows, one behind the other, are within half a step of these: those that were quantised to them.
+    /// The tensors whose rows, one behind the other, are near these: those that may have been quantised to them.
     ///
-    /// `steps` are the distances between two quantised numbers; an end of the range may be a whole step off.
+    /// `steps` are the distances between two quantised numbers, or how far a clipped one may be off.
     ///
     /// Errors: as [`floats`], for tensors of the checkpoint.
     pub fn find_near(&self, values: &[f32], steps: &[f32], length: usize) -> Result<Option<Match>> {

@@ -92,6 +92,7 @@ impl<'a> Embedder<'a> {
             self.samples.push(encoded.id.clone());
             let answer_mask = encoded.answer_mask.clone();
             let embedded = self.model.embed(&encoded.into_prompt())?;
+            let answer_mask = embedded.of_kept(&answer_mask);
             conversations.push(Conversation { number: conversations.len(), answer_mask, embedded });
             progress.advance(1);
         }

@@ -11,7 +11,7 @@ use crate::data::Encoded;
 use crate::ir::Model;
 use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, TensorValue, VlmSession, headed};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, TensorValue, TokenPruner, VlmSession, headed};
 
 use super::batch::{Batch, Conversation, batches};
 use super::switched::open;
@@ -146,9 +146,20 @@ impl AnswerMeter {
         self.model.replace_vision(&self.runtime, &self.bundle, encoder, &options, WINDOW_BYTES)
     }
 
+    /// Reads this part of each picture's tokens from now on, all of them with `None`.
+    ///
+    /// Errors: as `VlmSession::set_token_pruner`.
+    pub fn keep_image_tokens(&mut self, keep: Option<f64>) -> Result<()> {
+        let options = SessionOptions::default();
+        let build = |keep| TokenPruner::build(&self.runtime, self.model.decoder(), keep, &options);
+        let pruner = keep.map(build).transpose()?;
+        self.model.set_token_pruner(pruner)
+    }
+
     fn conversation(&mut self, encoded: Encoded, number: usize) -> Result<Conversation> {
         let answer_mask = encoded.answer_mask.clone();
-        Ok(Conversation { number, answer_mask, embedded: self.model.embed(&encoded.into_prompt())? })
+        let embedded = self.model.embed(&encoded.into_prompt())?;
+        Ok(Conversation { number, answer_mask: embedded.of_kept(&answer_mask), embedded })
     }
 
     fn batches(&self, conversations: Vec<Conversation>) -> Result<Vec<Batch>> {

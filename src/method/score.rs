@@ -12,7 +12,7 @@ use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, DataOptions, Dataset, Encoded, Encoder, Intake, Subset};
 use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, has_additions, tap_similarities};
-use crate::runtime::{Decoder, FeatureCache, Profile, Runtime, SessionOptions, VlmSession, missing_deepstack};
+use crate::runtime::{Decoder, FeatureCache, Profile, Runtime, SessionOptions, Step, VlmSession, missing_deepstack};
 
 use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities, StreamSide};
 
@@ -155,16 +155,18 @@ fn open(runtime: &Runtime, bundle: &Bundle, tapped: &crate::ir::Model) -> Result
 fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Result<SampleScores> {
     let (id, image_positions) = (encoded.id.clone(), encoded.image_positions.clone());
     let prompt = encoded.into_prompt();
-    let tokens = prompt.input_ids.len();
     // Embeddings from another program do not show which tokens are image tokens.
     let told_apart = prompt.given.as_ref().is_none_or(|given| given.batch.arrays.contains_key("input_ids"));
-    let outputs = model.prefill(&prompt, true)?;
-    let mut is_image = vec![false; tokens];
+    let embedded = model.embed(&prompt)?;
+    let outputs = model.decoder_mut().prefill_outputs(&Step::prefill(&[&embedded], true)?)?;
+    let mut is_image = vec![false; prompt.input_ids.len()];
     for &position in &image_positions {
         if let Some(slot) = is_image.get_mut(position) {
             *slot = true;
         }
     }
+    let is_image = embedded.of_kept(&is_image);
+    let tokens = is_image.len();
     let mut sim = Similarities::new();
     let mut modalities: BTreeMap<Modality, SampleModality> = BTreeMap::new();
     for &pack in packs {

@@ -1,6 +1,8 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
 mod comparison;
+mod export_section;
+mod exporting;
 mod prune_section;
 mod recipe;
 mod run;
@@ -13,6 +15,7 @@ mod table;
 mod tune;
 
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
+pub use export_section::ExportSection;
 pub use recipe::{Calibration, Recipe};
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run, stored_answers, stored_bench};
 pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};

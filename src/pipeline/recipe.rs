@@ -10,15 +10,16 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Error, Result};
 use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
-use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::hub::HubName;
+use crate::method::select::DEFAULT_STRATEGY;
 use crate::method::{ModalityWeights, check_weights};
 
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
+use super::export_section::ExportSection;
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
-use super::strategies::AutoSection;
+use super::strategies::{AUTO, AutoSection};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -45,7 +46,7 @@ pub struct Recipe {
     /// Settings of the speed measurement.
     #[serde(default)]
     pub bench: BenchSection,
-    /// Further formats that the finetuned models are written in.
+    /// Other layouts and precisions of the first strategy's finetuned model.
     #[serde(default)]
     pub export: ExportSection,
 }
@@ -102,8 +103,9 @@ pub struct PlanSection {
     #[serde(default)]
     pub target_speedup: Option<f64>,
     /// Strategies; the first is the one whose model the run is for, the others are compared with it. `auto` takes the one of
-    /// `auto.candidates` that is best on held-back data after a short healing.
-    #[serde(default = "default_strategies")]
+    /// `auto.candidates` that is best on held-back data after a short healing. By default `auto` where `[finetune]` has
+    /// `held_back`, else `shortgpt`.
+    #[serde(default)]
     pub strategies: Vec<String>,
     /// The choice of `auto`.
     #[serde(default, skip_serializing_if = "AutoSection::is_default")]
@@ -191,17 +193,6 @@ impl Default for BenchSection {
     fn default() -> Self {
         BenchSection { enabled: true, settings: BenchOptions::default() }
     }
-}
-
-/// Other layouts of the first strategy's finetuned model.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct ExportSection {
-    /// Names of targets, as `export --to` takes them.
-    pub targets: Vec<String>,
-    /// Checkpoint that the dense model was exported from, a folder or `hf:OWNER/NAME[@REVISION]`, for the target `safetensors`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub base: Option<PathBuf>,
 }
 
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
@@ -311,6 +302,10 @@ impl Recipe {
         let settings = table.get("finetune").and_then(|section| section.get("settings"));
         settings.and_then(toml::Value::as_table).map_or(Ok(()), finetune::refuse_moved)?;
         let mut recipe: Recipe = toml::from_str(text).map_err(invalid)?;
+        if table.get("plan").and_then(|plan| plan.get("strategies")).is_none() {
+            let name = if recipe.finetune.held_back > 0.0 { AUTO } else { DEFAULT_STRATEGY };
+            recipe.plan.strategies = vec![name.to_string()];
+        }
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
@@ -326,13 +321,7 @@ impl Recipe {
     }
 
     fn check(&self) -> Result<()> {
-        for name in &self.export.targets {
-            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
-            if target.reads("--base") && self.export.base.is_none() {
-                return Err(Error::invalid("export.base", format!("is missing, and the target `{name}` needs it"))
-                    .remedy("name the checkpoint that the dense model was exported from"));
-            }
-        }
+        self.export.check()?;
         self.device.parse::<Device>()?;
         self.calibration.check()?;
         let plan = &self.plan;
@@ -368,10 +357,6 @@ fn cpu() -> String {
 
 fn default_seed() -> u64 {
     42
-}
-
-fn default_strategies() -> Vec<String> {
-    vec!["interlace".to_string()]
 }
 
 fn default_healing() -> String {
@@ -414,6 +399,16 @@ mod tests {
         assert_eq!(recipe.eval.benchmarks, [Path::new("fixtures/data/bench.tsv")]);
         assert_eq!(recipe.finetune.settings.peak_rate(), 1e-3);
         assert_eq!(recipe.calibration.seed, 42);
+    }
+
+    #[test]
+    fn a_recipe_without_strategies_chooses_on_held_back_data_where_there_is_some() {
+        let without = RECIPE.replace("strategies = [\"interlace\", \"random\"]", "");
+        let strategies = |text: &str| Recipe::parse(text, Path::new("")).map(|recipe| recipe.plan.strategies);
+        assert_eq!(strategies(&without).unwrap(), [DEFAULT_STRATEGY]);
+        assert_eq!(strategies(&without.replace("settings =", "held_back = 0.1\nsettings =")).unwrap(), [AUTO]);
+        let none = RECIPE.replace("\"interlace\", \"random\"", "");
+        assert!(strategies(&none).unwrap_err().to_string().contains("`strategies` is empty"));
     }
 
     #[test]

@@ -7,15 +7,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
-use crate::bundle::{Bundle, Variants, model_on_disk};
-use crate::checkpoint::{Checkpoint, checkpoint_on_disk};
+use crate::bundle::{ModelSource, Variants, model_on_disk};
 use crate::data::Dataset;
 use crate::eval::{BenchReport, ModelBench, ModelScores, PairedComparison};
-use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
 
 use super::comparison::{DenseRecipe, check_there, parts};
+use super::exporting::Quantised;
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
 use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
@@ -66,15 +65,23 @@ enum Kind {
     Dropped,
     /// Layers dropped and others finetuned.
     Healed,
+    /// One of these in another precision.
+    Quantised,
 }
 
 /// One model of the table.
 struct Variant {
     kind: Kind,
     label: String,
-    path: PathBuf,
+    source: ModelSource,
     digest: Sha256Digest,
     dropped: usize,
+}
+
+impl Variant {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
 }
 
 struct RecipeRun<'a> {
@@ -112,6 +119,7 @@ pub fn run(
     for (name, (plan, planned)) in recipe.plan.strategies.iter().zip(&plans) {
         run.strategy(name, plan, planned, &mut variants)?;
     }
+    let quantised = run.quantise(&mut variants)?;
     let table = run.measure(&variants)?;
     let healed =
         variants.iter().position(|variant| variant.kind == Kind::Healed).and_then(|place| table.rows.get(place));
@@ -121,7 +129,9 @@ pub fn run(
         (Some(_), None) => false,
         (None, _) => true,
     };
-    run.export(&variants)?;
+    if let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) {
+        run.stages.export("", (variant.path(), &variant.digest), quantised.as_ref(), &recipe.export)?;
+    }
     let folder = run.stages.store.folder().to_path_buf();
     write_json(&folder.join(format!("{TABLE_FILE}.json")), &table)?;
     write_text(&folder.join(format!("{TABLE_FILE}.md")), &table.markdown())?;
@@ -130,7 +140,7 @@ pub fn run(
 }
 
 fn variant(kind: Kind, label: String, made: Finished, dropped: usize) -> Variant {
-    Variant { kind, label, path: made.path, digest: made.digest, dropped }
+    Variant { kind, label, source: made.path.as_path().into(), digest: made.digest, dropped }
 }
 
 impl RecipeRun<'_> {
@@ -182,7 +192,7 @@ impl RecipeRun<'_> {
                 settings: &settings,
             };
             let healed = self.stages.heal(&pruned, &healing)?;
-            let model = (healed.path.as_path(), healed.digest.as_str());
+            let model = (&ModelSource::from(healed.path.as_path()), healed.digest.as_str());
             let found = self.stages.perplexity(("held-back", &step), model, &section.data, &read)?;
             self.stages.store.remove(&step)?;
             let loss = found.mean_loss;
@@ -267,7 +277,7 @@ impl RecipeRun<'_> {
         let mut scores = Vec::new();
         for variant in variants {
             let label = slug(&variant.label);
-            scores.push(self.stages.answers(&label, &variant.path, &variant.digest, &questions, settings)?);
+            scores.push(self.stages.answers(&label, &variant.source, &variant.digest, &questions, settings)?);
         }
         let of = |kind: Kind| variants.iter().position(|variant| variant.kind == kind).map(|place| &scores[place]);
         let (dense, finetuned) = (of(Kind::Dense), of(Kind::DenseFinetuned));
@@ -277,7 +287,7 @@ impl RecipeRun<'_> {
         let mut rows: Vec<TableRow> = Vec::new();
         for ((variant, own), held_back_loss) in variants.iter().zip(&scores).zip(held_back) {
             let label = slug(&variant.label);
-            let other = self.stages.other(&label, (&variant.path, &variant.digest), &recipe.eval.other, settings)?;
+            let other = self.stages.other(&label, (&variant.source, &variant.digest), &recipe.eval.other, settings)?;
             let base: Vec<f64> = rows.first().map_or(&other, |row| &row.other).iter().map(|own| own.value).collect();
             let (by_dense, by_finetuned) = (against(own, dense)?, against(own, finetuned)?);
             rows.push(TableRow {
@@ -291,7 +301,7 @@ impl RecipeRun<'_> {
                 difference_from_dense: by_dense.map(|found| found.difference),
                 held_back_loss,
                 other: other.into_iter().zip(base).map(|(own, base)| own.against(base)).collect(),
-                size_bytes: size_bytes(&variant.path)?,
+                size_bytes: size_bytes(&variant.source)?,
                 speed: None,
             });
         }
@@ -308,21 +318,23 @@ impl RecipeRun<'_> {
         let settings = TextSettings::of(&section.data_options(part), None);
         let mut losses = Vec::with_capacity(variants.len());
         for variant in variants {
-            let (label, model) = (slug(&variant.label), (variant.path.as_path(), variant.digest.as_str()));
+            let (label, model) = (slug(&variant.label), (&variant.source, variant.digest.as_str()));
             let scores = self.stages.perplexity(("held-back", &label), model, &section.data, &settings)?;
             losses.push(Some(scores.mean_loss));
         }
         Ok(losses)
     }
 
-    /// Times of every finetuned model, in turn with the dense one; the dense row takes those of the first.
+    /// Times of every finetuned and quantised model, in turn with the dense one; the dense row takes those of the first.
     fn bench(&mut self, variants: &[Variant], rows: &mut [TableRow]) -> Result<()> {
         let section = &self.recipe.bench;
         if !section.enabled {
             return Ok(());
         }
-        for (place, variant) in variants.iter().enumerate().filter(|(_, variant)| variant.kind == Kind::Healed) {
-            let report = self.stages.bench(&slug(&variant.label), &variant.path, &variant.digest, &section.settings)?;
+        let timed = |variant: &Variant| matches!(variant.kind, Kind::Healed | Kind::Quantised);
+        for (place, variant) in variants.iter().enumerate().filter(|(_, variant)| timed(variant)) {
+            let report =
+                self.stages.bench(&slug(&variant.label), &variant.source, &variant.digest, &section.settings)?;
             let (Some(baseline), Some(speedup)) = (&report.baseline, &report.speedup) else { continue };
             let speed = |model: &ModelBench, ttft_speedup: f64, decoder_ttft_speedup: f64| Speed {
                 ttft_ms: model.pipeline_ttft_ms.as_ref().unwrap_or(&model.decoder_ttft_ms).median,
@@ -341,26 +353,25 @@ impl RecipeRun<'_> {
         Ok(())
     }
 
-    /// The first strategy's finetuned model in other layouts.
-    fn export(&mut self, variants: &[Variant]) -> Result<()> {
-        let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) else { return Ok(()) };
-        for name in &self.recipe.export.targets {
-            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
-            let mut settings = ExportSettings::default();
-            let mut inputs = vec![("model", variant.digest.clone())];
-            if let Some(base) = self.recipe.export.base.as_ref().filter(|_| target.reads("--base")) {
-                let base = checkpoint_on_disk(base, self.stages.cancel)?;
-                inputs.push(("base", Checkpoint::open(&base)?.digest()?));
-                settings.base = Some(base);
-                settings.dense = Some(self.stages.model.to_path_buf());
-            }
-            let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
-            let done = self.stages.store.step(name, name, &inputs, &settings, |path| {
-                export(&Bundle::open(&variant.path)?, target, &settings, path).map(|_| ())
-            })?;
-            self.stages.report_step(name, &done);
+    /// The dense model and the first strategy's finetuned one in the precisions of the recipe. Returns the latter.
+    fn quantise(&mut self, variants: &mut Vec<Variant>) -> Result<Option<Quantised>> {
+        let recipe = self.recipe;
+        let mut last = None;
+        for kind in [Kind::Dense, Kind::Healed] {
+            let Some(variant) = variants.iter().find(|variant| variant.kind == kind) else { continue };
+            let (label, dropped) = (variant.label.clone(), variant.dropped);
+            let model = (variant.path(), variant.digest.as_str());
+            last = self.stages.quantise(&slug(&label), model, (&recipe.export, &recipe.calibration))?;
+            let Some(Quantised { made, models }) = &last else { continue };
+            variants.extend(models.iter().map(|(row, source)| Variant {
+                kind: Kind::Quantised,
+                label: format!("{label}, {}", row.name),
+                source: source.clone(),
+                digest: made.digest.clone(),
+                dropped,
+            }));
         }
-        Ok(())
+        Ok(last)
     }
 
     fn manifest(&self) -> Result<()> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, refuse_hub_cache, write_json};
-use crate::bundle::{Bundle, ModelSource};
+use crate::bundle::{Bundle, Component, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
     BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, TextReport, TextScores, bench,
@@ -267,7 +267,7 @@ impl<'a> Stages<'a> {
     pub fn answers(
         &mut self,
         label: &str,
-        model: &Path,
+        model: &ModelSource,
         digest: &str,
         questions: &[Questions],
         settings: &EvalSettings,
@@ -279,7 +279,7 @@ impl<'a> Stages<'a> {
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
                 let engine = opened(engine, device)?;
-                let model = engine.answer(&model.into(), benchmark, path, settings, cancel)?;
+                let model = engine.answer(model, benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
                 let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
                 write_json(
@@ -326,7 +326,7 @@ impl<'a> Stages<'a> {
     pub fn perplexity(
         &mut self,
         (name, label): (&str, &str),
-        (model, digest): (&Path, &str),
+        (model, digest): (&ModelSource, &str),
         data: &Path,
         settings: &TextSettings,
     ) -> Result<TextScores> {
@@ -335,7 +335,7 @@ impl<'a> Stages<'a> {
         let inputs = [("model", digest), ("data", data_digest.as_str())];
         let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
-            write_json(target, &steps::eval_text(opened(engine, device)?, &model.into(), None, data, settings, cancel)?)
+            write_json(target, &steps::eval_text(opened(engine, device)?, model, None, data, settings, cancel)?)
         })?;
         self.report_step(&step, &done);
         let report: TextReport = read_json(&done.path, TextReport::SCHEMA_VERSION)?;
@@ -363,7 +363,7 @@ impl<'a> Stages<'a> {
     pub fn other(
         &mut self,
         label: &str,
-        (model, digest): (&Path, &str),
+        (model, digest): (&ModelSource, &str),
         other: &[OtherData],
         settings: &EvalSettings,
     ) -> Result<Vec<OtherScore>> {
@@ -410,13 +410,19 @@ impl<'a> Stages<'a> {
     /// A model's times in turn with the dense one's.
     ///
     /// Errors: as `eval::bench`.
-    pub fn bench(&mut self, label: &str, model: &Path, digest: &str, settings: &BenchOptions) -> Result<BenchReport> {
+    pub fn bench(
+        &mut self,
+        label: &str,
+        model: &ModelSource,
+        digest: &str,
+        settings: &BenchOptions,
+    ) -> Result<BenchReport> {
         let step = format!("bench-{label}");
         let inputs = [("model", digest), ("baseline", self.dense.digest.as_str())];
         let (device, cancel, dense) = (self.device, self.cancel, self.model);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
             let runtime = Runtime::new(device)?;
-            write_json(target, &bench(&model.into(), Some(&dense.into()), &runtime, settings, None, cancel)?)
+            write_json(target, &bench(model, Some(&dense.into()), &runtime, settings, None, cancel)?)
         })?;
         self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)
@@ -463,12 +469,14 @@ pub fn questions(paths: &[PathBuf]) -> Result<Vec<Questions>> {
     paths.iter().map(open).collect()
 }
 
-/// Total size of a model's ONNX files, in bytes.
+/// Total size of a model's ONNX files in bytes: those of the chosen variant, where there is one, else all of them.
 ///
 /// Errors: those of reading the files.
-pub fn size_bytes(model: &Path) -> Result<u64> {
-    let bundle = Bundle::open(model)?;
-    bundle.components().iter().map(|component| bundle.size_bytes(component)).sum()
+pub fn size_bytes(model: &ModelSource) -> Result<u64> {
+    let bundle = model.open()?;
+    let variant = model.chosen();
+    let counts = |component: &&Component| variant.as_ref().is_none_or(|variant| component.variant == *variant);
+    bundle.components().iter().filter(counts).map(|component| bundle.size_bytes(component)).sum()
 }
 
 /// Merges several benchmarks. A benchmark with a metric of its own becomes one group with its score; the groups of

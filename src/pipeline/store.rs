@@ -8,7 +8,9 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result, Sha256Digest, read_json, resolved_path, sha256_file, sha256_json, write_json};
+use crate::base::{
+    Error, FolderLock, LOCK_FILE, Result, Sha256Digest, read_json, resolved_path, sha256_file, sha256_json, write_json,
+};
 
 /// Name of the file with the record of finished steps.
 pub const STATE_FILE: &str = "state.json";
@@ -22,6 +24,9 @@ pub struct RunState {
     pub schema_version: u32,
     /// Finished steps by name.
     pub steps: BTreeMap<String, StepState>,
+    /// The file or folder of the step that is running. One that a killed run left is removed by the next run of the step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begun: Option<String>,
 }
 
 /// Record of a finished step.
@@ -41,10 +46,11 @@ pub struct StepState {
     pub removed: bool,
 }
 
-/// A run's folder and its finished steps.
+/// A run's folder and its finished steps. No other process can open the folder meanwhile.
 pub struct RunStore {
     folder: PathBuf,
     state: RunState,
+    _lock: FolderLock,
 }
 
 /// A step's output, new or from an earlier run.
@@ -69,33 +75,39 @@ struct Key<'a, S> {
 impl RunStore {
     /// Opens the folder of a run; it may be new or hold an earlier run.
     ///
-    /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run, or its record
-    /// names an output outside of it.
+    /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run, another
+    /// process works in it, or its record is malformed or names an output outside of it.
     pub fn open(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         let path = folder.join(STATE_FILE);
+        if !path.exists() {
+            for entry in fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))? {
+                if entry.map_err(|e| Error::io("read", folder, e))?.file_name() != LOCK_FILE {
+                    return Err(Error::invalid(
+                        format!("output `{}`", folder.display()),
+                        "holds files that no run of interlace made",
+                    )
+                    .remedy("name a new folder"));
+                }
+            }
+        }
+        let lock = FolderLock::take(folder)?;
         let state = if path.exists() {
-            let state: RunState = read_json(&path, STATE_SCHEMA_VERSION)?;
-            let outside = |done: &&StepState| !is_inside(folder, &done.output);
-            if let Some(done) = state.steps.values().find(outside) {
-                let problem = format!("names the output `{}`, which is not in its folder", done.output.escape_debug());
+            let state: RunState = read_json(&path, STATE_SCHEMA_VERSION).map_err(|error| {
+                error.without_remedy().remedy(format!("remove the folder `{}`, or name a new one", folder.display()))
+            })?;
+            let outputs = state.steps.values().map(|done| &done.output).chain(&state.begun);
+            if let Some(output) = outputs.into_iter().find(|output| !is_inside(folder, output)) {
+                let problem = format!("names the output `{}`, which is not in its folder", output.escape_debug());
                 return Err(Error::invalid(format!("`{}`", path.display()), problem).remedy("name a new folder"));
             }
             state
         } else {
-            let mut entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
-            if entries.next().is_some() {
-                return Err(Error::invalid(
-                    format!("output `{}`", folder.display()),
-                    "holds files that no run of interlace made",
-                )
-                .remedy("name a new folder"));
-            }
-            let state = RunState { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new() };
+            let state = RunState { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new(), begun: None };
             write_json(&path, &state)?;
             state
         };
-        Ok(RunStore { folder: folder.to_path_buf(), state })
+        Ok(RunStore { folder: folder.to_path_buf(), state, _lock: lock })
     }
 
     /// The run's folder.
@@ -112,10 +124,10 @@ impl RunStore {
     /// [`RunStore::remove`].
     ///
     /// `output` is the name of the file or folder that `work` must create; `inputs` are the digests of the files that
-    /// it reads. An output of an earlier run from other inputs is replaced.
+    /// it reads. An output of an earlier run from other inputs is replaced, and one of a run that was killed before it was
+    /// recorded.
     ///
-    /// Errors: those of `work`; `Error::Invalid` when `work` creates no output, or when the output's path holds
-    /// something that no run created.
+    /// Errors: those of `work`; `Error::Invalid` when `work` creates no output; as [`RunStore::check_output`].
     pub fn step<S: Serialize>(
         &mut self,
         name: &str,
@@ -126,27 +138,49 @@ impl RunStore {
     ) -> Result<Finished> {
         let key = key_of(name, inputs, settings)?;
         let path = self.folder.join(output);
-        if let Some(done) = self.state.steps.get(name) {
-            if done.is(&key, &path)? {
-                return Ok(Finished { path, digest: done.digest.clone(), reused: true });
-            }
-            self.remove_step(name)?;
+        if let Some(done) = self.state.steps.get(name)
+            && done.is(&key, &path)?
+        {
+            return Ok(Finished { path, digest: done.digest.clone(), reused: true });
         }
-        if path.exists() {
-            return Err(Error::invalid(format!("output `{}`", path.display()), "exists, and no finished step made it")
-                .remedy("remove it, or name another output folder"));
-        }
+        self.check_output(name, output)?;
+        self.remove_step(name)?;
+        remove(&path)?;
+        self.state.begun = Some(output.to_string());
+        self.save()?;
         let start = Instant::now();
-        work(&path)?;
-        if !path.exists() {
-            return Err(Error::invalid(format!("step `{name}`"), format!("made no `{output}`")));
+        let made = work(&path).and_then(|()| match path.exists() {
+            true => digest_of(&path),
+            false => Err(Error::invalid(format!("step `{name}`"), format!("made no `{output}`"))),
+        });
+        if !path.exists() || made.is_ok() {
+            self.state.begun = None;
         }
-        let digest = digest_of(&path)?;
+        let digest = match made {
+            Ok(digest) => digest,
+            Err(error) => {
+                self.save()?;
+                return Err(error);
+            }
+        };
         let seconds = start.elapsed().as_secs_f64();
         let done = StepState { key, output: output.to_string(), digest: digest.clone(), seconds, removed: false };
         self.state.steps.insert(name.to_string(), done);
         self.save()?;
         Ok(Finished { path, digest, reused: false })
+    }
+
+    /// Checks that a step can write its output: nothing is there, or what a run made.
+    ///
+    /// Errors: `Error::Invalid` for anything else.
+    pub fn check_output(&self, name: &str, output: &str) -> Result<()> {
+        let path = self.folder.join(output);
+        let own = self.state.steps.get(name).is_some_and(|done| done.output == output && !done.removed);
+        if path.exists() && !own && self.state.begun.as_deref() != Some(output) {
+            return Err(Error::invalid(format!("output `{}`", path.display()), "exists, and no finished step made it")
+                .remedy("remove it, or name another output folder"));
+        }
+        Ok(())
     }
 
     /// True when [`RunStore::step`] would not run the step again.
@@ -266,6 +300,51 @@ mod tests {
     }
 
     #[test]
+    fn one_process_at_a_time_works_in_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = RunStore::open(folder.path()).unwrap();
+        let error = RunStore::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("works in it; wait until it ends"), "{error}");
+        drop(store);
+        assert!(RunStore::open(folder.path()).is_ok());
+        // A process that was killed before it wrote its record leaves the lock's file alone.
+        fs::remove_file(folder.path().join(STATE_FILE)).unwrap();
+        assert!(RunStore::open(folder.path()).is_ok());
+    }
+
+    #[test]
+    fn an_output_that_a_killed_run_did_not_record_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        // The run is killed after the output is complete and before its record is.
+        let killed = std::panic::catch_unwind(|| {
+            let mut store = RunStore::open(folder.path()).unwrap();
+            store.step("s", "o", &[], &1, |path| {
+                fs::write(path, "1").unwrap();
+                panic!("killed")
+            })
+        });
+        assert!(killed.is_err() && folder.path().join("o").exists());
+        let mut store = RunStore::open(folder.path()).unwrap();
+        assert!(!store.step("s", "o", &[], &1, write("2")).unwrap().reused);
+        assert_eq!(fs::read_to_string(folder.path().join("o")).unwrap(), "2");
+        assert_eq!(store.state().begun, None);
+        // A step that fails leaves the place to others.
+        assert!(store.step("t", "p", &[], &1, never).is_err());
+        fs::write(folder.path().join("p"), "mine").unwrap();
+        assert!(store.step("t", "p", &[], &1, write("1")).is_err());
+        assert_eq!(fs::read_to_string(folder.path().join("p")).unwrap(), "mine");
+    }
+
+    #[test]
+    fn a_malformed_record_is_an_error_that_says_what_to_remove() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(RunStore::open(folder.path()).unwrap());
+        fs::write(folder.path().join(STATE_FILE), "{").unwrap();
+        let error = RunStore::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("state.json`: not JSON") && error.contains("; remove the folder `"), "{error}");
+    }
+
+    #[test]
     fn a_step_runs_again_if_inputs_settings_or_output_change() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = RunStore::open(folder.path()).unwrap();
@@ -284,6 +363,7 @@ mod tests {
         let first = store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
         store.remove("s").unwrap();
         assert!(!first.path.exists());
+        drop(store);
         let mut store = RunStore::open(folder.path()).unwrap();
         assert!(store.is_done("s", &[("model", "a")], &1).unwrap());
         assert!(!store.is_done("s", &[("model", "b")], &1).unwrap() && !store.is_done("t", &[], &1).unwrap());
@@ -341,6 +421,10 @@ mod tests {
             let error = RunStore::open(&run).err().unwrap().to_string();
             assert!(error.contains("not in its folder"), "{output}: {error}");
         }
+        let mut crafted: RunState = serde_json::from_str(&state).unwrap();
+        crafted.begun = Some("../victim".into());
+        fs::write(run.join(STATE_FILE), serde_json::to_string(&crafted).unwrap()).unwrap();
+        assert!(RunStore::open(&run).err().unwrap().to_string().contains("not in its folder"));
         fs::write(run.join(STATE_FILE), state).unwrap();
         assert!(RunStore::open(&run).is_ok() && victim.is_dir());
     }

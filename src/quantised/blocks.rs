@@ -224,12 +224,22 @@ impl Blocks {
         tensor(body, self.scales).map_or(DataType::Float, |tensor| tensor.dtype)
     }
 
-    /// The matrix as floats in row-major order, and the step between two neighbouring numbers at each of them.
+    /// The matrix as floats in row-major order, and how far each may lie from the number that it was made of: the step between two
+    /// neighbours, and any distance at an end of the range, where numbers are clipped.
     ///
     /// Errors: as [`floats`].
     pub fn dequantised(&self, body: &Body) -> Result<(Vec<f32>, Vec<f32>)> {
         let scales = tensor(body, self.scales).map_or(Ok(Vec::new()), floats)?;
-        let step = |row: usize, column: usize| scales[row * self.form().count() + column / self.block].abs();
+        let numbers = tensor(body, self.numbers).map_or(&[][..], |tensor| tensor.bytes());
+        let (form, most) = (self.form(), ((1u32 << self.bits) - 1) as u8);
+        let step = |row: usize, column: usize| {
+            let number = form.number(numbers, row * form.count() * self.block + column);
+            if [0, most].contains(&number) {
+                f32::INFINITY
+            } else {
+                scales[row * form.count() + column / self.block].abs()
+            }
+        };
         let places = (0..self.rows).flat_map(|row| (0..self.columns).map(move |column| (row, column)));
         Ok((self.values(body)?, places.map(|(row, column)| step(row, column)).collect()))
     }
@@ -288,12 +298,17 @@ impl BlockForm {
         (self.count() * self.bits as usize).div_ceil(8)
     }
 
-    /// The matrix as floats in row-major order, from packed numbers, a scale for each block and packed zero points.
-    pub fn unpack(&self, numbers: &[u8], scales: &[f32], zeros: Option<&[u8]>) -> Vec<f32> {
-        let number = |bytes: &[u8], at: usize| match self.bits {
+    /// One of packed numbers.
+    fn number(&self, bytes: &[u8], at: usize) -> u8 {
+        match self.bits {
             4 => bytes[at / 2] >> (4 * (at % 2)) & 15,
             _ => bytes[at],
-        };
+        }
+    }
+
+    /// The matrix as floats in row-major order, from packed numbers, a scale for each block and packed zero points.
+    pub fn unpack(&self, numbers: &[u8], scales: &[f32], zeros: Option<&[u8]>) -> Vec<f32> {
+        let number = |bytes: &[u8], at: usize| self.number(bytes, at);
         let half = 1 << (self.bits - 1);
         let mut values = Vec::with_capacity(self.rows * self.columns);
         for row in 0..self.rows {

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use super::svg::CHART_STYLE;
+
 /// Text for an element or an attribute in quotes. Characters that XML forbids become U+FFFD.
 pub fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
@@ -71,10 +73,11 @@ pub fn page(title: &str, contents: &[(&str, &str)], body: &str) -> String {
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\" />\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src &#39;none&#39;; style-src &#39;unsafe-inline&#39;; \
          img-src data:\" />\n\
-         <title>{0}</title>\n<style>\n{1}</style>\n</head>\n<body>\n<a class=\"skip\" href=\"#main\">Skip to the \
+         <title>{0}</title>\n<style>\n{1}{2}</style>\n</head>\n<body>\n<a class=\"skip\" href=\"#main\">Skip to the \
          report</a>\n<header>\n<h1>{0}</h1>\n<nav aria-label=\"Sections\"><ul>{links}</ul></nav>\n</header>\n\
          <main id=\"main\">\n{body}</main>\n</body>\n</html>\n",
         escaped(title),
+        CHART_STYLE,
         include_str!("page.css"),
     )
 }

@@ -7,6 +7,7 @@ mod models;
 mod run_folder;
 mod svg;
 mod training;
+mod tuning;
 
 use std::path::{Path, PathBuf};
 
@@ -56,7 +57,15 @@ const SECTIONS: &[Section] = &[
     ("examples", "Questions and answers", examples::examples),
 ];
 
-/// Writes the page about the folder of a run or sweep.
+/// The sections about a tuning.
+const TUNING_SECTIONS: &[Section] = &[
+    ("plans", "Plans", tuning::plans),
+    ("front", "Kept likelihood and time to the first token", tuning::front),
+    ("candidates", "Models that were made and measured", tuning::candidates),
+    ("costs", "What each part costs", tuning::costs),
+];
+
+/// Writes the page about the folder of a run, sweep or tuning.
 ///
 /// Errors: as `RunFolder::read`; `Error::Invalid` for an output in the folder of no file; `Error::Io`.
 pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
@@ -68,9 +77,26 @@ pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
     Ok(WrittenReport { output: output.to_path_buf(), size_bytes: page.len() as u64, sections })
 }
 
+/// File of the chart of kept score over speed, in the folder of a run or sweep.
+pub const FRONT_FILE: &str = "front.svg";
+
+/// Draws kept score over speed as [`FRONT_FILE`] into the folder of a run or sweep. Gives its path, or `None` with fewer than
+/// two models whose speed is known.
+///
+/// Errors: as `RunFolder::read`; `Error::Io`.
+pub fn draw_front(run: &Path) -> Result<Option<PathBuf>> {
+    let path = run.join(FRONT_FILE);
+    let Some(text) = models::pareto_file(&RunFolder::read(run)?) else { return Ok(None) };
+    let mut file = AtomicFile::create(&path)?;
+    file.write_all(text.as_bytes())?;
+    file.commit()?;
+    Ok(Some(path))
+}
+
 fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {
     let (mut body, mut contents, mut sections) = (String::new(), Vec::new(), Vec::new());
-    for (id, name, make) in SECTIONS {
+    let all = if run.tune.is_some() { TUNING_SECTIONS } else { SECTIONS };
+    for (id, name, make) in all {
         let made = make(run)?;
         body.push_str(&format!("<section aria-labelledby=\"{id}\">\n<h2 id=\"{id}\">{}</h2>\n", html::escaped(name)));
         body.push_str(&match &made {

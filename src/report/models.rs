@@ -8,7 +8,7 @@ use crate::pipeline::steps;
 use super::Made;
 use super::html::{escaped, folded_table, paragraph, table};
 use super::run_folder::RunFolder;
-use super::svg::{Caption, ChartPoint, ErrorBar, SERIES, bars, front, intervals};
+use super::svg::{Caption, ChartPoint, ErrorBar, SERIES, bars, front, front_file, intervals};
 
 /// The table of the run or sweep.
 pub fn overview(run: &RunFolder) -> Made {
@@ -139,60 +139,86 @@ fn fronts(contenders: &[Contender]) -> Vec<bool> {
     contenders.iter().map(|own| !contenders.iter().any(|other| beats(other, own))).collect()
 }
 
+/// The chart of kept score over speed: its caption, its points and what is written beside it.
+struct FrontChart {
+    contenders: Vec<Contender>,
+    on_front: Vec<bool>,
+    series: Vec<String>,
+    /// Name of the horizontal axis.
+    speed: &'static str,
+}
+
+impl FrontChart {
+    const TITLE: &'static str = "Kept percent over speed-up";
+
+    /// The models of a run or sweep; `None` with fewer than two whose speed is known.
+    fn of(run: &RunFolder) -> Option<Self> {
+        let of_run = |row: &TableRow| {
+            let (speed, kept) = (row.speed?, row.kept_of_dense?);
+            let series = row.model.split(',').next().unwrap_or_default().to_string();
+            Some(Contender { name: row.model.clone(), series, at: (speed.decoder_ttft_speedup, 100.0 * kept.ratio) })
+        };
+        let mut contenders: Vec<Contender> = run.rows().iter().filter_map(of_run).collect();
+        let mut measured = true;
+        if let Some(sweep) = &run.sweep {
+            measured = sweep.rows.iter().all(|row| row.speedup_measured);
+            contenders.extend(sweep.rows.iter().map(|row| Contender {
+                name: format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe_and_precision()),
+                series: format!("{}, {}", row.strategy, row.recipe_and_precision()),
+                at: (row.speedup, 100.0 * row.kept_of_dense.mean),
+            }));
+        }
+        if contenders.len() < 2 {
+            return None;
+        }
+        let mut series: Vec<String> = Vec::new();
+        for contender in &contenders {
+            if !series.contains(&contender.series) {
+                series.push(contender.series.clone());
+            }
+        }
+        let speed =
+            if measured { "speed-up of the decoder's prefill, measured" } else { "ideal speed-up of the decoder" };
+        Some(FrontChart { on_front: fronts(&contenders), contenders, series, speed })
+    }
+
+    /// Draws it.
+    fn drawn(&self, draw: fn(&Caption, &[ChartPoint], &[&str]) -> String) -> String {
+        let place = |own: &Contender| self.series.iter().position(|name| *name == own.series).unwrap_or_default();
+        let both = || self.contenders.iter().zip(&self.on_front);
+        let points: Vec<ChartPoint> =
+            both().map(|(own, on_front)| ChartPoint { series: place(own), at: own.at, on_front: *on_front }).collect();
+        let best: Vec<&str> = both().filter(|(_, front)| **front).map(|(own, _)| own.name.as_str()).collect();
+        let description = format!("On the front: {}.", best.join("; "));
+        let caption = Caption { title: Self::TITLE, description, x: self.speed, y: "kept, percent" };
+        let series: Vec<&str> = self.series.iter().map(String::as_str).collect();
+        draw(&caption, &points, &series)
+    }
+}
+
 /// Kept score over measured speed.
 pub fn pareto(run: &RunFolder) -> Made {
-    let of_run = |row: &TableRow| {
-        let (speed, kept) = (row.speed?, row.kept_of_dense?);
-        let series = row.model.split(',').next().unwrap_or_default().to_string();
-        Some(Contender { name: row.model.clone(), series, at: (speed.decoder_ttft_speedup, 100.0 * kept.ratio) })
-    };
-    let mut contenders: Vec<Contender> = run.rows().iter().filter_map(of_run).collect();
-    let mut measured = true;
-    if let Some(sweep) = &run.sweep {
-        measured = sweep.rows.iter().all(|row| row.speedup_measured);
-        contenders.extend(sweep.rows.iter().map(|row| Contender {
-            name: format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe),
-            series: format!("{}, {}", row.strategy, row.recipe),
-            at: (row.speedup, 100.0 * row.kept_of_dense.mean),
-        }));
-    }
-    if contenders.len() < 2 {
+    let Some(chart) = FrontChart::of(run) else {
         return Ok(Err("no model's speed was measured; `[bench] enabled = true` does it".to_string()));
-    }
-    let on_front = fronts(&contenders);
-    let mut series: Vec<&str> = Vec::new();
-    for contender in &contenders {
-        if !series.contains(&contender.series.as_str()) {
-            series.push(&contender.series);
-        }
-    }
-    let points: Vec<ChartPoint> = contenders
-        .iter()
-        .zip(&on_front)
-        .map(|(own, &on_front)| {
-            let place = series.iter().position(|name| *name == own.series).unwrap_or_default();
-            ChartPoint { series: place, at: own.at, on_front }
-        })
-        .collect();
-    let speed = if measured { "speed-up of the decoder's prefill, measured" } else { "ideal speed-up of the decoder" };
-    let best: Vec<&str> =
-        contenders.iter().zip(&on_front).filter(|(_, front)| **front).map(|(own, _)| own.name.as_str()).collect();
-    let description = format!("On the front: {}.", best.join("; "));
-    let title = "Kept percent over speed-up";
-    let caption = Caption { title, description, x: speed, y: "kept, percent" };
+    };
     let mut rows = vec![["model", "speed-up", "kept %", "on the front"].map(String::from).to_vec()];
-    for (own, front) in contenders.iter().zip(&on_front) {
+    for (own, front) in chart.contenders.iter().zip(&chart.on_front) {
         let front = if *front { "yes" } else { "no" };
         rows.push(vec![own.name.clone(), format!("{:.2}", own.at.0), format!("{:.1}", own.at.1), front.to_string()]);
     }
     let mut text =
         paragraph("Rings mark the front: no other model keeps as much and is as fast, and one of them more.");
-    if series.len() > SERIES {
+    if chart.series.len() > SERIES {
         text.push_str(&paragraph("Marks repeat where there are many series; the table names each point."));
     }
-    text.push_str(&front(&caption, &points, &series));
-    text.push_str(&folded_table(title, &rows));
+    text.push_str(&chart.drawn(front));
+    text.push_str(&folded_table(FrontChart::TITLE, &rows));
     Ok(Ok(text))
+}
+
+/// The same chart as an SVG file of its own; `None` with fewer than two models whose speed is known.
+pub fn pareto_file(run: &RunFolder) -> Option<String> {
+    FrontChart::of(run).map(|chart| chart.drawn(front_file))
 }
 
 /// Time of the vision encoder, of the decoder's prefill and of decoding.
@@ -257,8 +283,8 @@ pub fn latency(run: &RunFolder) -> Made {
 pub fn size(run: &RunFolder) -> Made {
     let of_run = run.rows().iter().map(|row| (row.model.clone(), row.size_bytes));
     let of_sweep = run.sweep.iter().flat_map(|sweep| &sweep.rows);
-    let of_sweep =
-        of_sweep.map(|row| (format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe), row.size_bytes));
+    let of_sweep = of_sweep
+        .map(|row| (format!("{} at {}, {}", row.strategy, row.drop_ratio, row.recipe_and_precision()), row.size_bytes));
     let sizes: Vec<(String, u64)> = of_run.chain(of_sweep).collect();
     let mut rows = vec![["model", "bytes", "size"].map(String::from).to_vec()];
     rows.extend(sizes.iter().map(|(name, bytes)| vec![name.clone(), bytes.to_string(), human_bytes(*bytes)]));

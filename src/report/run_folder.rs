@@ -4,13 +4,17 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, Result, read_json};
+use crate::base::{Error, Result, read_json, read_plain};
 use crate::eval::{BenchReport, ModelScores};
 use crate::finetune::StepMetrics;
 use crate::method::{Plan, Scores};
 use crate::pipeline::{
-    MANIFEST_FILE, Manifest, SWEEP_FILE, SweepTable, TABLE_FILE, Table, TableRow, stored_answers, stored_bench,
+    MANIFEST_FILE, Manifest, SWEEP_FILE, SweepTable, TABLE_FILE, TUNE_FILE, Table, TableRow, TuneReport,
+    stored_answers, stored_bench,
 };
+
+/// Most bytes of the steps of one finetuning.
+const MOST_METRICS: u64 = 1 << 30;
 
 /// The artifacts of a run.
 pub struct RunFolder {
@@ -18,6 +22,8 @@ pub struct RunFolder {
     pub table: Option<Table>,
     /// Table of a sweep.
     pub sweep: Option<SweepTable>,
+    /// Report of a tuning.
+    pub tune: Option<TuneReport>,
     /// Manifest of a run.
     pub manifest: Option<Manifest>,
     /// Similarities of the layers.
@@ -50,22 +56,25 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 impl RunFolder {
-    /// Reads a run's folder.
+    /// Reads the folder of a run, a sweep or a tuning: of the last one the work folder, or the model folder that it wrote with the
+    /// work folder `FOLDER.work` beside it.
     ///
-    /// Errors: `Error::Invalid` when it holds neither table, or an artifact is malformed; `Error::Io`.
+    /// Errors: `Error::Invalid` when it holds none of the tables, or an artifact is malformed; `Error::Io`.
     pub fn read(folder: &Path) -> Result<Self> {
         let table = optional(folder.join(format!("{TABLE_FILE}.json")), |path| read_json(path, Table::SCHEMA_VERSION))?;
         let sweep =
             optional(folder.join(format!("{SWEEP_FILE}.json")), |path| read_json(path, SweepTable::SCHEMA_VERSION))?;
-        if table.is_none() && sweep.is_none() {
-            let problem = format!("holds neither `{TABLE_FILE}.json` nor `{SWEEP_FILE}.json`");
+        let tune = tune_report(folder)?;
+        if table.is_none() && sweep.is_none() && tune.is_none() {
+            let problem = format!("holds none of `{TABLE_FILE}.json`, `{SWEEP_FILE}.json` and `{TUNE_FILE}.json`");
             return Err(Error::invalid(format!("run `{}`", folder.display()), problem)
-                .remedy("name the folder of a finished `interlace run` or `interlace sweep`"));
+                .remedy("name the folder of a finished `interlace run` or `interlace sweep`, or the work folder of `interlace tune`"));
         }
         let manifest = optional(folder.join(MANIFEST_FILE), |path| read_json(path, Manifest::SCHEMA_VERSION))?;
         let mut run = RunFolder {
             table,
             sweep,
+            tune,
             manifest,
             scores: optional(folder.join("scores.json"), Scores::read)?,
             plans: plans(folder)?,
@@ -101,7 +110,8 @@ impl RunFolder {
     /// The dense model's name on the hub, or its path in the recipe.
     pub fn model(&self) -> String {
         let table = self.table.as_ref().map(|table| &table.provenance);
-        let head = table.or_else(|| self.sweep.as_ref().map(|sweep| &sweep.provenance));
+        let sweep = self.sweep.as_ref().map(|sweep| &sweep.provenance);
+        let head = table.or(sweep).or_else(|| self.tune.as_ref().map(|tune| &tune.provenance));
         let named = head.and_then(|head| head.hub.get("model")).map(String::as_str);
         named.or_else(|| self.setting("/model")).unwrap_or("a model").to_string()
     }
@@ -134,6 +144,16 @@ impl RunFolder {
     }
 }
 
+/// `tune.json` of a work folder, or of the one beside a model folder.
+fn tune_report(folder: &Path) -> Result<Option<TuneReport>> {
+    let name = format!("{TUNE_FILE}.json");
+    let read = |path: &Path| read_json(path, TuneReport::SCHEMA_VERSION);
+    match optional(folder.join(&name), read)? {
+        Some(report) => Ok(Some(report)),
+        None => optional(folder.with_added_extension("work").join(name), read),
+    }
+}
+
 /// Plans of a run, `plan-STRATEGY.json`.
 fn plans(folder: &Path) -> Result<BTreeMap<String, Plan>> {
     let mut plans = BTreeMap::new();
@@ -152,7 +172,7 @@ fn metrics(folder: &Path) -> Result<BTreeMap<String, Vec<StepMetrics>>> {
     for work in entries(&folder.join("work"))? {
         let path = work.join("metrics.jsonl");
         let Some(name) = work.file_name().and_then(|name| name.to_str()).filter(|_| path.exists()) else { continue };
-        let text = fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
+        let text = String::from_utf8_lossy(&read_plain(&path, MOST_METRICS)?).into_owned();
         let steps = text.lines().enumerate().map(|(number, line)| {
             serde_json::from_str(line).map_err(|e| {
                 Error::invalid(format!("line {} of `{}`", number + 1, path.display()), e.to_string())

@@ -4,6 +4,9 @@ use std::fmt::Write;
 
 use super::html::escaped;
 
+/// Style sheet of charts, with the colours of the page.
+pub const CHART_STYLE: &str = include_str!("charts.css");
+
 /// Size of a chart, and of the space around its plot.
 const WIDTH: f64 = 480.0;
 const HEIGHT: f64 = 290.0;
@@ -95,11 +98,11 @@ impl Axis {
 }
 
 fn open(caption: &Caption, height: f64) -> String {
-    format!(
-        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n<title>{}</title>\n<desc>{}</desc>\n",
-        escaped(caption.title),
-        escaped(&caption.description)
-    )
+    format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n{}", described(caption))
+}
+
+fn described(caption: &Caption) -> String {
+    format!("<title>{}</title>\n<desc>{}</desc>\n", escaped(caption.title), escaped(&caption.description))
 }
 
 /// The axes with their ticks and names.
@@ -261,6 +264,35 @@ pub struct ChartPoint {
 
 /// Points in two directions in which more is better, and the front of the best.
 pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
+    format!("<figure>\n{}{}</svg>\n{}</figure>\n", open(caption, HEIGHT), points_and_front(caption, points), legend(series))
+}
+
+/// The same as an SVG file of its own, with its style and the names of the series below the plot.
+pub fn front_file(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
+    const ROW: f64 = 20.0;
+    let height = HEIGHT + 8.0 + ROW * series.len() as f64;
+    let mut names = String::new();
+    for (number, name) in series.iter().enumerate() {
+        let top = HEIGHT + 8.0 + ROW * number as f64;
+        let _ = writeln!(
+            names,
+            "{}<text x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            mark(number, LEFT, top),
+            LEFT + 14.0,
+            top + 4.5,
+            escaped(name)
+        );
+    }
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
+         role=\"img\">\n{}<style>\n{CHART_STYLE}</style>\n<rect width=\"100%\" height=\"100%\" style=\"fill: var(--paper)\" />\n\
+         {}{names}</svg>\n",
+        described(caption),
+        points_and_front(caption, points),
+    )
+}
+
+fn points_and_front(caption: &Caption, points: &[ChartPoint]) -> String {
     // Space around the outermost points, for their rings.
     let padded = |values: Vec<f64>| {
         let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
@@ -269,7 +301,7 @@ pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> Strin
     };
     let x = Axis::over(padded(points.iter().map(|point| point.at.0).collect()), LEFT, WIDTH - RIGHT);
     let y = Axis::over(padded(points.iter().map(|point| point.at.1).collect()), HEIGHT - BOTTOM, TOP);
-    let mut text = open(caption, HEIGHT) + &axes(caption, &x, &y);
+    let mut text = axes(caption, &x, &y);
     let mut best: Vec<(f64, f64)> = points.iter().filter(|point| point.on_front).map(|point| point.at).collect();
     best.sort_by(|a, b| a.0.total_cmp(&b.0));
     let path: Vec<String> = best.iter().map(|at| format!("{:.1},{:.1}", x.at(at.0), y.at(at.1))).collect();
@@ -282,7 +314,7 @@ pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> Strin
         }
         text.push('\n');
     }
-    format!("<figure>\n{text}</svg>\n{}</figure>\n", legend(series))
+    text
 }
 
 /// Bars from 0, each of several parts. Parts differ by colour and by the pattern of their edge; their values stand in the table.
@@ -359,6 +391,19 @@ mod tests {
                 values.iter().filter(|value| value.is_finite()).all(|value| (0.0..=100.0).contains(&axis.at(*value)))
             );
         }
+    }
+
+    #[test]
+    fn a_chart_in_a_file_of_its_own_has_its_style_and_the_names_of_its_series() {
+        let caption = Caption { title: "T", description: "d".into(), x: "x", y: "y" };
+        let point = |series, at, on_front| ChartPoint { series, at, on_front };
+        let points = [point(0, (1.0, 99.0), true), point(1, (1.5, 90.0), true), point(1, (1.2, 80.0), false)];
+        let text = front_file(&caption, &points, &["dense", "a <b>"]);
+        assert!(text.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\"") && text.ends_with("</svg>\n"), "{text}");
+        assert_eq!((text.matches("<svg").count(), text.matches("class=\"ring\"").count()), (1, 2));
+        assert!(text.contains("<style>") && text.contains(">a &lt;b&gt;</text>") && !text.contains("<ul"), "{text}");
+        // Three points and two names.
+        assert_eq!(text.matches("class=\"mark").count(), 5);
     }
 
     #[test]

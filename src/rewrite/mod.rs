@@ -23,6 +23,8 @@ mod split_buffers;
 mod standard;
 mod tap;
 mod tidy;
+mod token_pruner;
+mod vocabulary;
 mod widen;
 
 pub use additions::{has_additions, shift_additions};
@@ -47,6 +49,10 @@ pub use split_buffers::split_buffers;
 pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use tidy::{finish, remove_dead_code, replace_uses};
+pub use token_pruner::{
+    PRUNER_EMBEDS, PRUNER_IMAGE_MASK, PRUNER_KEPT_TOKENS, PRUNER_PICTURE_TOKENS, PRUNER_PIVOT_MASK, token_pruner,
+};
+pub use vocabulary::cut_vocabulary;
 pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]

@@ -15,7 +15,8 @@ use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
 use super::features::FeatureCache;
 use super::inputs::presents_of;
-use super::session::{Runtime, SessionOptions};
+use super::session::{Runtime, Session, SessionOptions};
+use super::token_pruner::TokenPruner;
 use super::vision::VisionEncoder;
 use super::vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
@@ -55,27 +56,14 @@ impl VlmSession {
         let session = |part: &Component| runtime.session(&bundle.path_of(part), options);
         let embed = bundle.component(Role::EmbedTokens);
         let embed = embed.map(|part| TokenEmbedding::new(session(part)?)).transpose()?;
-        let projector = bundle.component(Role::Projector);
-        let vision = match bundle.component(Role::VisionEncoder) {
-            Some(part) => {
-                let digest = content_digest(bundle, [part].into_iter().chain(projector))?;
-                let encoder = VisionEncoder::new(session(part)?, digest, Arc::clone(cache));
-                let encoder = match (encoder, projector) {
-                    (Ok(encoder), Some(projector)) => encoder.with_projector(session(projector)?),
-                    (encoder, _) => encoder,
-                };
-                Some(match encoder {
-                    Ok(encoder) => Vision::Known(Box::new(encoder)),
-                    Err(error @ Error::Unsupported { .. }) => Vision::Unknown(error),
-                    Err(error) => return Err(error),
-                })
-            }
-            None => None,
-        };
+        let vision = Vision::open(runtime, bundle, options, cache)?;
+        let pruner = bundle.component(Role::TokenPruner);
+        let pruner = pruner.map(|part| TokenPruner::new(session(part)?)).transpose()?;
         let file = bundle.component(Role::Decoder).map(|part| format!("`{}`", bundle.path_of(part).display()));
-        let mut session = VlmSession::new(vision, embed, decoder, settings)?;
-        session.decoder_file = file;
-        Ok(session)
+        let mut model = VlmSession::new(vision, embed, decoder, settings)?;
+        model.decoder_file = file;
+        model.set_token_pruner(pruner)?;
+        Ok(model)
     }
 
     /// Puts a vision encoder that is not written yet in the place of the folder's own. Its features stay in a cache of
@@ -97,7 +85,63 @@ impl VlmSession {
             None => encoder,
         };
         self.vision = Some(Vision::Known(Box::new(encoder)));
+        self.given_features = None;
         Ok(())
+    }
+
+    /// Puts the folder's own vision encoder back.
+    ///
+    /// Errors: as `open`.
+    pub fn restore_vision(
+        &mut self,
+        runtime: &Runtime,
+        bundle: &Bundle,
+        options: &SessionOptions,
+        cache: &Arc<FeatureCache>,
+    ) -> Result<()> {
+        self.vision = Vision::open(runtime, bundle, options, cache)?;
+        self.given_features = None;
+        Ok(())
+    }
+
+    /// Puts another decoder in the place of this one.
+    pub fn replace_decoder(&mut self, decoder: Decoder) {
+        self.decoder = decoder;
+    }
+
+    /// Puts another token embedding in the place of this one.
+    ///
+    /// Errors: as `TokenEmbedding::new`.
+    pub fn replace_embedding(&mut self, session: Session) -> Result<()> {
+        self.embed = Some(TokenEmbedding::new(session)?);
+        Ok(())
+    }
+}
+
+impl Vision {
+    /// A folder's vision encoder with its projector; `None` without one.
+    ///
+    /// Errors: `Error::Engine` when ONNX Runtime rejects a file.
+    fn open(
+        runtime: &Runtime,
+        bundle: &Bundle,
+        options: &SessionOptions,
+        cache: &Arc<FeatureCache>,
+    ) -> Result<Option<Self>> {
+        let session = |part: &Component| runtime.session(&bundle.path_of(part), options);
+        let Some(part) = bundle.component(Role::VisionEncoder) else { return Ok(None) };
+        let projector = bundle.component(Role::Projector);
+        let digest = content_digest(bundle, [part].into_iter().chain(projector))?;
+        let encoder = VisionEncoder::new(session(part)?, digest, Arc::clone(cache));
+        let encoder = match (encoder, projector) {
+            (Ok(encoder), Some(projector)) => encoder.with_projector(session(projector)?),
+            (encoder, _) => encoder,
+        };
+        match encoder {
+            Ok(encoder) => Ok(Some(Vision::Known(Box::new(encoder)))),
+            Err(error @ Error::Unsupported { .. }) => Ok(Some(Vision::Unknown(error))),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Embedded {
     pub next_position: i64,
     /// Further per-token inputs.
     pub side: SideValues,
+    /// Positions of the tokens in the whole prompt where image tokens were left out; `None` with all tokens.
+    pub kept: Option<Vec<usize>>,
 }
 
 /// Further inputs of some decoders, per token.
@@ -71,6 +73,7 @@ impl Embedded {
             positions,
             next_position,
             side: SideValues::default(),
+            kept: None,
         }
     }
 
@@ -106,6 +109,7 @@ impl Embedded {
                 given: self.side.given.clone(),
                 image,
             },
+            kept: self.kept.as_ref().map(|kept| kept.get(tokens).unwrap_or_default().to_vec()),
         }
     }
 }

@@ -14,6 +14,7 @@ use super::positions::multimodal_positions;
 use super::profile::NetworkTimes;
 use super::session::Outputs;
 use super::step::{Embedded, SideValues, Step};
+use super::token_pruner::TokenPruner;
 use super::vision::VisionEncoder;
 
 /// Meaning of `token_type_ids`.
@@ -56,10 +57,12 @@ pub enum Vision {
 #[derive(Debug)]
 pub struct VlmSession {
     pub(super) vision: Option<Vision>,
-    embed: Option<TokenEmbedding>,
+    pub(super) embed: Option<TokenEmbedding>,
     /// Features of the most recently used batch of ready tensors.
     pub(super) given_features: Option<(Arc<TensorBatch>, Arc<Features>)>,
     pub(super) decoder: Decoder,
+    /// Leaves out image tokens; `None` keeps all.
+    pub(super) pruner: Option<TokenPruner>,
     pub(super) settings: VlmSettings,
     pub(super) padding_works: Option<bool>,
     /// The decoder's file as messages name it; `None` where the model was not opened from a folder.
@@ -86,6 +89,7 @@ impl VlmSession {
             embed,
             given_features: None,
             decoder,
+            pruner: None,
             settings,
             padding_works: None,
             decoder_file: None,
@@ -187,14 +191,14 @@ impl VlmSession {
         let mut features = features.as_slice();
         let mut embedded = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            if let Some(given) = &prompt.given {
-                embedded.push(self.embed_given(prompt, given)?);
-                continue;
-            }
             let count = if self.vision.is_some() { prompt.pictures.len() } else { 0 };
             let (own, rest) = features.split_at(count);
             features = rest;
-            embedded.push(self.merge(prompt, own)?);
+            let whole = match &prompt.given {
+                Some(given) => self.embed_given(prompt, given)?,
+                None => self.merge(prompt, own)?,
+            };
+            embedded.push(self.without_pruned(whole, prompt, own)?);
         }
         Ok(embedded)
     }

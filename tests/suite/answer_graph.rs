@@ -44,13 +44,16 @@ pub fn answer(graph: &mut Session, encoded: &Encoded, tokens: i64) -> Option<Vec
 }
 
 /// The same with values for inputs that may be left out.
-fn answer_with(
+pub fn answer_with(
     graph: &mut Session,
     encoded: &Encoded,
     tokens: i64,
     mut feeds: Vec<(String, TensorValue)>,
 ) -> Option<Vec<i64>> {
     for port in graph.inputs().to_vec() {
+        if feeds.iter().any(|(name, _)| *name == port.name) {
+            continue;
+        }
         let tensor = match port.name.as_str() {
             "input_ids" => {
                 TensorValue::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone())

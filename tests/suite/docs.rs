@@ -89,9 +89,12 @@ fn tables_in_documents_equal_the_tables_in_the_code() {
     let targets = interlace::export::TARGETS.iter();
     let rows = targets.map(|row| (row.name.to_string(), format!("{}; tried with {}", row.summary, row.consumer)));
     check_table("docs/deploy.md", "targets", ["`--to`", "what it writes"], rows);
-    let rows = interlace::export::PRECISIONS.iter();
-    let rows = rows.map(|row| (row.name.to_string(), format!("{}; suffix `_{}`", row.summary, row.suffix)));
-    check_table("docs/quantise.md", "precisions", ["`--precision`", "what it writes"], rows);
+    let mut precisions = String::from("| `--precision` | what it writes | files | `--variant` |\n|---|---|---|---|\n");
+    for row in interlace::export::PRECISIONS {
+        let (name, suffix) = (row.name, row.suffix);
+        let _ = writeln!(precisions, "| `{name}` | {} | `*_{suffix}.onnx` | `{suffix}` |", row.summary);
+    }
+    check_section("docs/quantise.md", "precisions", &precisions);
     check_section("docs/families.md", "families", &format!("\n{}\n", interlace::data::family_table()));
     let layouts = interlace::bundle::LAYOUTS.iter().chain([&interlace::bundle::SINGLE_FILE]);
     let rows = layouts.map(|layout| (layout.name.to_string(), layout.summary.to_string()));

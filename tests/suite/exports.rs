@@ -132,6 +132,40 @@ fn a_transformers_js_export_has_its_configs_in_the_expected_places() {
     assert_eq!(again.components().len(), 3);
 }
 
+#[test]
+fn data_files_are_at_most_as_large_as_shard_size_says() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let bundle = Bundle::open(&model).expect("bundle");
+    const LIMIT: u64 = 1_500_000;
+    for target in ["transformers-js", "openvino", "genai"] {
+        let out = folder.path().join(target);
+        let settings = ExportSettings { shard_bytes: Some(LIMIT), ..ExportSettings::default() };
+        export(&bundle, target_named(target).expect("a target"), &settings, &out).expect("export");
+        let again = Bundle::open(&out).expect("the folder is a model again");
+        let mut split = 0;
+        for component in again.components() {
+            for file in &component.external {
+                let size = std::fs::metadata(again.root().join(file)).expect("a data file").len();
+                assert!(size <= LIMIT, "{target}: {file} has {size} bytes");
+            }
+            split += usize::from(component.external.len() > 1);
+        }
+        assert!(split >= 2, "{target}: {split} components have several data files");
+        let counts = json(out.join("config.json"))["transformers.js_config"]["use_external_data_format"].clone();
+        if target != "genai" {
+            let decoder = again.component(interlace::bundle::Role::Decoder).expect("a decoder");
+            assert_eq!(counts["decoder_model_merged.onnx"], decoder.external.len(), "{target}");
+        }
+        interlace::onnx::load(&again.path_of(&again.components()[0])).expect("a graph");
+    }
+    let settings = ExportSettings { shard_bytes: Some(100_000), ..ExportSettings::default() };
+    let out = folder.path().join("small");
+    let error = export(&bundle, target_named("openvino").expect("a target"), &settings, &out).unwrap_err().to_string();
+    assert!(error.contains("--max-buffer") && error.contains("100 kB"), "{error}");
+    assert!(!out.exists());
+}
+
 const CARD: &str =
     "---\nlicense: apache-2.0\nmodel-index:\n- name: dense\n  results: 99.8\n---\n# Dense\n99.8 % accuracy\n";
 

@@ -361,3 +361,61 @@ fn checkpoints_that_do_not_match_the_graph_are_refused() {
         assert_eq!(output.status.code(), Some(code), "{name}: {}", stderr(&output));
     }
 }
+
+/// Every matrix of the graphs that `export --precision` writes is found and gets the twin's values, rounded as the export rounds.
+#[test]
+fn own_exports_are_requantised_by_the_rule_that_made_them() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let base = checkpoints(here, "llama");
+    let source = root().join("llama/dyn18-ids.onnx");
+    let tuned = here.join("dense");
+    let output = interlace(
+        here,
+        &["graft", source.to_str().expect("path"), "--base", "base", "--tuned", "tuned", "-o", "dense", "-q"],
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    for (number, (flags, file)) in [
+        (&["int4"][..], "q4"),
+        (&["int4", "--zero-points"], "q4"),
+        (&["int4", "--rounding", "nearest", "--block-size", "16"], "q4"),
+        (&["int8"], "quantized"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = source.file_stem().and_then(|name| name.to_str()).expect("a name");
+        let export = |model: &Path, out: &str| {
+            let arguments = ["export", model.to_str().expect("path"), "-o", out, "-q", "--precision"];
+            let output = interlace(here, &[&arguments[..], flags].concat());
+            assert_eq!(output.status.code(), Some(0), "{flags:?}: {}", stderr(&output));
+            onnx::load(&here.join(out).join(format!("{name}_{file}.onnx"))).expect("graph")
+        };
+        let (own, want) = (format!("own{number}"), format!("want{number}"));
+        export(&source, &own);
+        let want = export(&tuned.join(format!("{name}.onnx")), &want);
+        // The 4-bit or 8-bit file alone.
+        let alone = here.join(format!("alone{number}"));
+        fs::create_dir(&alone).expect("folder");
+        for found in fs::read_dir(here.join(&own)).expect("folder").flatten() {
+            let file_name = found.file_name().to_string_lossy().into_owned();
+            if file_name.starts_with(&format!("{name}_{file}.onnx")) {
+                fs::copy(found.path(), alone.join(&file_name)).expect("copied");
+            }
+        }
+        fs::remove_dir_all(here.join("out")).unwrap_or_default();
+        let table = table_of(here, &alone.join(format!("{name}_{file}.onnx")));
+        let rounded = table["weights"].as_array().expect("weights").iter();
+        let rounded = rounded.filter(|weight| weight["how"].as_str().is_some_and(|how| how.contains("bits"))).count();
+        // 56 products of the layers, the head, and the embeddings.
+        assert_eq!(rounded, 58, "{flags:?}");
+        let found = onnx::load(&here.join(format!("out/{name}_{file}.onnx"))).expect("result");
+        for (id, tensor) in &want.graph.body.initializers {
+            let name = want.graph.name(*id);
+            let own = found.graph.body.initializers.iter().find(|(id, _)| found.graph.name(*id) == name);
+            let (_, own) = own.unwrap_or_else(|| panic!("{flags:?}: no `{name}`"));
+            assert_eq!(own.bytes(), tensor.bytes(), "{flags:?}: {name}");
+        }
+    }
+    assert!(base.len() > 60);
+}

@@ -1,8 +1,11 @@
 //! Each contrib operator of ONNX Runtime in a graph of its own, and standard operators that no exported graph of the
 //! tests contains: the interpreter gives the results of ONNX Runtime.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use interlace::base::Device;
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueId, ValueType};
+use interlace::rewrite::{standard_operators, standardised};
 use interlace::runtime::Runtime;
 use interlace::torch;
 use tch::{Kind, Tensor};
@@ -425,4 +428,64 @@ fn operators_agree_with_onnx_runtime() {
             assert!(worst <= 1e-4, "{name}: `{output}` differs by {worst:e}");
         }
     }
+}
+
+/// The graph with the tables of rotations as weights, as exporters write them.
+fn with_weights(case: &Single) -> ir::Model {
+    let mut model = case.model();
+    let inputs = model.graph.body.inputs.clone();
+    for (id, tensor) in inputs.iter().zip(case.inputs.iter().flatten()).skip(2) {
+        if case.op == "RotaryEmbedding" {
+            model.graph.body.inputs.retain(|other| other != id);
+            let values: Vec<f32> = tensor.flatten(0, -1).try_into().expect("floats");
+            let dims: Vec<u64> = tensor.size().iter().map(|&size| size as u64).collect();
+            model.graph.body.initializers.push((*id, ir::Tensor::from_f32(&dims, &values)));
+        }
+    }
+    model
+}
+
+/// `export --standard-ops`: the operators that it rewrites give in ONNX Runtime what they gave before. Forms that it does not write
+/// are refused, and the error says which form it is.
+#[test]
+fn standard_forms_of_contrib_operators_agree_with_onnx_runtime() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    tch::manual_seed(11);
+    let (mut written, mut refused) = (BTreeMap::new(), BTreeSet::new());
+    for case in singles().iter().filter(|case| standardised().contains(&case.op)) {
+        let model = with_weights(case);
+        let plain = match standard_operators(&model) {
+            Ok(plain) => plain,
+            Err(error) => {
+                refused.insert((case.op, error.to_string()));
+                continue;
+            }
+        };
+        *written.entry(case.op).or_insert(0) += 1;
+        assert!(plain.graph.body.nodes.iter().all(|node| node.domain.is_empty()), "{}", case.op);
+        // Weights come last.
+        let inputs = model.graph.body.inputs.iter().zip(case.inputs.iter().flatten());
+        let feeds: Vec<(String, ValueId, Tensor)> =
+            inputs.map(|(&id, tensor)| (model.graph.name(id).to_string(), id, tensor.shallow_clone())).collect();
+        let [before, after] = [&model, &plain].map(|model| {
+            let mut session = runtime.session_of(model, &ONE_THREAD).unwrap_or_else(|e| panic!("{}: {e}", case.op));
+            run_runtime(&mut session, &feeds)
+        });
+        assert!(!before.is_empty() && before.len() == after.len(), "{}", case.op);
+        for (output, wanted) in &before {
+            let (worst, largest) = (difference(&after[output], wanted), wanted.abs().max().double_value(&[]).max(1.0));
+            assert!(worst <= 1e-5 * largest, "{} {:?}: {worst:e} of {largest}", case.op, case.attributes);
+        }
+    }
+    let count = |op: &str| written.get(op).copied().unwrap_or(0);
+    let counts =
+        ["RotaryEmbedding", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "FusedMatMul"].map(count);
+    assert_eq!(counts, [4, 2, 1, 3], "{written:?} {refused:?}");
+    let of = |wanted: &str| -> Vec<&str> {
+        refused.iter().filter(|(op, _)| *op == wanted).map(|(_, error)| error.as_str()).collect()
+    };
+    let (turns, moves) = (of("RotaryEmbedding"), of("FusedMatMul"));
+    assert!(turns.len() == 2 && turns.iter().any(|error| error.contains("a part of each head")), "{turns:?}");
+    assert!(turns.iter().any(|error| error.contains("positions that are not listed")), "{turns:?}");
+    assert!(moves.len() == 1 && moves[0].contains("moves the first axis"), "{moves:?}");
 }

@@ -17,10 +17,10 @@ use serde_json::Value as Json;
 use super::cli::{fixture, interlace, stderr};
 
 /// Builds small graphs.
-struct Net(Model);
+pub(super) struct Net(pub Model);
 
 impl Net {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let opset_imports = BTreeMap::from([(String::new(), 18)]);
         Net(Model { ir_version: 10, opset_imports, ..Model::default() })
     }
@@ -31,19 +31,19 @@ impl Net {
         self.0.graph.add_value(Value { name: name.into(), ty, ..Value::default() })
     }
 
-    fn input(&mut self, name: &str, dtype: DataType, dims: &[i64]) -> ValueId {
+    pub fn input(&mut self, name: &str, dtype: DataType, dims: &[i64]) -> ValueId {
         let id = self.value(name, dtype, dims);
         self.0.graph.body.inputs.push(id);
         id
     }
 
-    fn weight(&mut self, name: &str, tensor: Weight) -> ValueId {
+    pub fn weight(&mut self, name: &str, tensor: Weight) -> ValueId {
         let id = self.0.graph.add_value(Value { name: name.into(), ..Value::default() });
         self.0.graph.body.initializers.push((id, tensor));
         id
     }
 
-    fn node(&mut self, op: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
+    pub fn node(&mut self, op: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
         let name = format!("{op}.{}", self.0.graph.values.len());
         let output = self.0.graph.add_value(Value { name: name.clone(), ..Value::default() });
         self.0.graph.body.nodes.push(Node {
@@ -60,7 +60,7 @@ impl Net {
         output
     }
 
-    fn output(&mut self, id: ValueId, name: &str, dims: &[i64]) {
+    pub fn output(&mut self, id: ValueId, name: &str, dims: &[i64]) {
         let dim = |&size: &i64| if size < 0 { Dim::Unknown } else { Dim::Known(size) };
         let value = &mut self.0.graph.values[id.index()];
         value.name = name.into();
@@ -68,19 +68,19 @@ impl Net {
         self.0.graph.body.outputs.push(id);
     }
 
-    fn save(&self, folder: &Path) {
+    pub fn save(&self, folder: &Path) {
         fs::create_dir_all(folder).expect("folder");
         onnx::save(&self.0, &folder.join("model.onnx"), &onnx::Storage::Inline).expect("saved");
     }
 }
 
 /// Numbers that no pattern of the code under test produces.
-fn numbers(count: usize, seed: f32) -> Vec<f32> {
+pub(super) fn numbers(count: usize, seed: f32) -> Vec<f32> {
     (0..count).map(|at| (at as f32 * 12.9898 + seed).sin() * (1.0 + (at % 7) as f32 * 0.3) * 0.1).collect()
 }
 
 /// A table of 11 rows, a product whose rows are no whole number of blocks, and a `Gemm` with a transposed weight and a bias.
-fn small(folder: &Path) -> Model {
+pub(super) fn small(folder: &Path) -> Model {
     let mut net = Net::new();
     let ids = net.input("input_ids", DataType::Int64, &[-1]);
     let table = net.weight("table", Weight::from_f32(&[11, 48], &numbers(11 * 48, 0.1)));
@@ -95,7 +95,7 @@ fn small(folder: &Path) -> Model {
     net.0
 }
 
-fn write(
+pub(super) fn write(
     model: &Path,
     names: &[&str],
     settings: PrecisionSettings,
@@ -104,12 +104,12 @@ fn write(
     let precisions: Vec<_> = names.iter().map(|name| precision_named(name).expect("a precision")).collect();
     write_variants(
         &Bundle::open(model)?,
-        &PrecisionRequest { precisions: &precisions, settings, calibration: None },
+        &PrecisionRequest { precisions: &precisions, settings, calibration: None, budget: None },
         out,
     )
 }
 
-fn constant<'a>(model: &'a Model, name: &str) -> &'a Weight {
+pub(super) fn constant<'a>(model: &'a Model, name: &str) -> &'a Weight {
     let body = &model.graph.body;
     let found = body.initializers.iter().find(|(id, _)| model.graph.name(*id) == name);
     &found.unwrap_or_else(|| panic!("no constant `{name}`")).1
@@ -119,7 +119,7 @@ fn node<'a>(model: &'a Model, op: &str) -> &'a Node {
     model.graph.body.nodes.iter().find(|node| node.op_type == op).unwrap_or_else(|| panic!("no {op}"))
 }
 
-fn run(model: &Model, ids: &[i64]) -> Vec<f32> {
+pub(super) fn run(model: &Model, ids: &[i64]) -> Vec<f32> {
     let options = SessionOptions { exact_products: true, ..SessionOptions::default() };
     let mut session = Runtime::new(Device::Cpu).expect("runtime").session_of(model, &options).expect("session");
     let ids = TensorValue::new(&[ids.len()], ids.to_vec()).expect("ids");
@@ -128,7 +128,7 @@ fn run(model: &Model, ids: &[i64]) -> Vec<f32> {
 }
 
 /// The floats of a packed matrix of 4 bits, by the definition of the operators.
-fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32> {
+pub(super) fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32> {
     let packed = constant(model, &format!("{name}_Q4")).bytes();
     let scales = constant(model, &format!("{name}_scales")).to_f64s().expect("scales");
     let named = format!("{name}_zero_points");
@@ -151,17 +151,17 @@ fn expanded(model: &Model, name: &str, columns: usize, block: usize) -> Vec<f32>
     values
 }
 
-fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+pub(super) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns).copied()).collect()
 }
 
-fn relative(exact: &[f32], found: &[f32]) -> f64 {
+pub(super) fn relative(exact: &[f32], found: &[f32]) -> f64 {
     let square = |value: f32| f64::from(value).powi(2);
     let error: f64 = exact.iter().zip(found).map(|(&a, &b)| square(a - b)).sum();
     (error / exact.iter().map(|&a| square(a)).sum::<f64>()).sqrt()
 }
 
-fn largest(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn largest(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
@@ -372,6 +372,26 @@ fn what_cannot_be_quantised_is_refused_and_nothing_is_left() {
         (&["export", "half", "--precision", "int8"], "in half precision"),
         (&["export", "four", "--precision", "int4"], "`model_q4.onnx`: is there already"),
         (&["export", "model", "--precision", "int3"], "`int3` is none of fp16, int8"),
+        (&["export", "model", "--precision", "q4"], "with the suffix `_q4` are written by `int4`"),
+        (&["export", "model", "--precision", "int4,fp16,int4"], "`--precision`: has `int4` twice"),
+        (
+            &["export", "model", "--precision", "int8", "--block-size", "64"],
+            "`--block-size`: is read by int4, q4f16 alone",
+        ),
+        (&["export", "model", "--precision", "fp16", "--zero-points"], "`--zero-points`: is read by"),
+        (&["export", "model", "--precision", "int8,fp16", "--rounding", "nearest"], "and `--precision` is int8,fp16"),
+        (
+            &["export", "model", "--precision", "int4", "--data", "x.jsonl"],
+            "`--data`: is read by int8-qdq, `--sensitivity`",
+        ),
+        (
+            &["export", "model", "--precision", "int4", "--to", "safetensors"],
+            "`--precision`: is not read by the target",
+        ),
+        (
+            &["export", "model", "--to", "generate", "--variant", "int4"],
+            "`export --precision int4` writes the variant `q4`",
+        ),
         (&["export", "model", "--precision", "int8-qdq"], "needs calibration data"),
         (&["export", "model", "--precision", "int4", "--block-size", "48"], "expected a power of two"),
         (&["export", "model", "--precision", "int4", "--rounding", "up"], "nearest"),
@@ -438,4 +458,12 @@ fn the_shipped_model_is_written_for_transformers_js_and_pruned_afterwards_with_t
         ["--json", "eval", "four", "--variant", "q4", "--data", &bench, "--limit", "16", "-q", "-o", "report.json"];
     let report: Json = serde_json::from_str(&done(&eval)).expect("JSON");
     assert_eq!(report["model"]["score"], 1.0);
+    // Layers of different precisions are not equal, so their numbers give no ideal speed-up.
+    for (baseline, ideal) in [("q4", Json::from(1.0)), ("fp32", Json::Null)] {
+        let bench =
+            ["--json", "bench", "four", "--variant", "q4", "--baseline", "four", "--baseline-variant", baseline];
+        let few = ["--prompt-tokens", "8", "--new-tokens", "1", "--rounds", "1", "-q", "-o", "bench.json"];
+        let report: Json = serde_json::from_str(&done(&[&bench[..], &few].concat())).expect("JSON");
+        assert_eq!(report["speedup"]["ideal"], ideal, "{baseline}");
+    }
 }

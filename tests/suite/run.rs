@@ -20,7 +20,11 @@ fn recipe(learning_rate: &str) -> String {
         calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         plan = {{ drop_count = 2, strategies = ["interlace", "angular"] }}
         bench = {{ enabled = false }}
-        export = {{ targets = ["triton", "genai", "generate", "openvino"] }}
+        [export]
+        targets = ["triton", "genai", "generate", "openvino"]
+        precision = ["int4"]
+        blocks = {{ least_error = false }}
+        max_ir_version = 10
         [finetune]
         data = "{data}"
         samples = 8
@@ -58,6 +62,8 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
         "interlace, finetuned",
         "angular, dropped",
         "angular, finetuned",
+        "dense, int4",
+        "interlace, finetuned, int4",
     ] {
         assert!(text.contains(row), "{text}");
     }
@@ -77,10 +83,13 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
         ("triton", "generate_stream/1/model.py"),
         ("genai", "genai_config.json"),
         ("generate", "onnx/generate.onnx"),
-        ("openvino", "onnx/vision_encoder.onnx"),
+        ("openvino", "onnx/vision_encoder_q4.onnx"),
     ] {
         assert!(out.join(target).join(file).is_file(), "{target}");
     }
+    // The targets have the 4-bit graphs.
+    let bytes = |path: &str| fs::metadata(out.join(path)).expect("file").len();
+    assert!(3 * bytes("openvino/onnx/vision_encoder_q4.onnx") < bytes("healed-interlace/onnx/vision_encoder.onnx"));
     let state = fs::read(out.join("state.json")).expect("state");
 
     let again = interlace(here, &["run", "recipe.toml"]);
@@ -105,7 +114,9 @@ fn check_table(table: &serde_json::Value, out: &Path) {
     let rows = table["rows"].as_array().expect("rows");
     let names: Vec<&str> = rows.iter().filter_map(|row| row["model"].as_str()).collect();
     assert_eq!(names[..3], ["dense", "dense, finetuned", "dense, finetuned (2 layers)"]);
-    assert_eq!(names.len(), 7);
+    assert_eq!(names[7..], ["dense, int4", "interlace, finetuned, int4"]);
+    let size = |place: usize| rows[place]["size_bytes"].as_u64().expect("bytes");
+    assert!(4 * size(7) < size(0) && size(8) < size(7), "{} {} {}", size(0), size(7), size(8));
     let average = |row: &serde_json::Value| row["average"].as_f64().expect("a score");
     for row in rows {
         for (kept, difference, base) in [
@@ -236,6 +247,8 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     assert_eq!((done, counts()), (6, (3, 0, 12)), "{}", stderr(&more));
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
+    let chart = fs::read_to_string(out.join("front.svg")).expect("a chart");
+    assert!(chart.starts_with("<svg xmlns=") && chart.contains(", fast</text>"), "{chart}");
     let page = interlace(here, &["report", out.to_str().expect("a path"), "-o", "page.html"]);
     assert_eq!(page.status.code(), Some(0), "{}", stderr(&page));
     let text = fs::read_to_string(here.join("page.html")).expect("a page");
@@ -256,6 +269,28 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     for (name, step) in steps() {
         assert_eq!(step["digest"], before[&name]["digest"], "{name}");
     }
+
+    // Each healed model in another precision is a row below that of its floats, and the first seed's are written for a target.
+    let export = "[export]\nprecision = [\"int4\"]\nblocks = { least_error = false }\ntargets = [\"single-file\"]\n";
+    fs::write(here.join("sweep.toml"), format!("keep_models = true\n{}{export}", sweep_file("\"paper\"")))
+        .expect("sweep");
+    let smaller = interlace(here, &["sweep", "sweep.toml"]);
+    assert_eq!(smaller.status.code(), Some(0), "{}", stderr(&smaller));
+    let rows = read(&out.join("sweep.json"))["rows"].as_array().expect("rows").clone();
+    assert_eq!(rows.len(), 8);
+    for pair in rows.chunks(2) {
+        let size = |row: &serde_json::Value| row["size_bytes"].as_f64().expect("a size");
+        assert!(pair[0]["precision"].is_null() && pair[1]["precision"] == "int4", "{pair:?}");
+        assert!(pair[0]["dropped"] == pair[1]["dropped"] && size(&pair[1]) < 0.25 * size(&pair[0]), "{pair:?}");
+        assert_eq!(pair[1]["kept_of_dense"]["values"].as_array().map(Vec::len), Some(2));
+    }
+    assert_eq!(
+        (counts(), count("single-file-healed-"), count("precision-healed-")),
+        ((3, 6, 18), 3, 6),
+        "{:?}",
+        made()
+    );
+    assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| paper, int4 |"));
 }
 
 /// The benchmark is read after all models are made, so an unreadable one does not change any model.

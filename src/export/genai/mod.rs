@@ -20,10 +20,10 @@ use std::path::Path;
 use crate::base::{Error, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::Model;
-use crate::onnx::{self, Storage};
+use crate::onnx;
 use crate::runtime::{Input, headed};
 
-use super::components::{chosen, convert, copy, decoder_of, is_carried, size_of, write as write_text};
+use super::components::{chosen, convert, copy, decoder_of, is_carried, size_of, storage, write as write_text};
 use super::configs::{object, pretty, tokenizer_config, with_chunks};
 use super::nodes::only_output;
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -61,10 +61,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     for Graph { file, source, model } in &mut graphs {
         convert(file, model, settings)?;
         let inline = source.external.is_empty() && bundle.size_bytes(source)? <= INLINE_BYTES;
-        let storage = match inline {
-            true => Storage::Inline,
-            false => Storage::External { file_name: format!("{file}.data"), chunk_bytes: None },
-        };
+        let storage = storage(model, settings, inline, format!("{file}.data"), None)?;
         let data = onnx::save(model, &root.join(*file), &storage)?;
         let size_bytes = size_of(root, data.iter().map(String::as_str).chain([*file]))?;
         models.insert((*file).to_string(), ExportedModel::new(source, model, size_bytes));

@@ -24,6 +24,7 @@ use super::super::nodes::{
     any, cast, graph_input, inputs_of, ints, only_output, refused, scalar, symbol, tensor, with_rows_at,
 };
 use super::positions::{self, Grids, Pictures};
+use super::pruned::kept_tokens;
 use super::sampling::Sampling;
 
 /// Prompt token ids, `[1, T]`.
@@ -41,6 +42,8 @@ pub struct Graphs<'a> {
     pub embedding: Option<&'a Model>,
     /// Pictures to features; `None` for a text model.
     pub vision: Option<&'a Model>,
+    /// Embeddings to the positions of the tokens that stay; `None` where all do.
+    pub pruner: Option<&'a Model>,
 }
 
 /// Settings of the model's configs.
@@ -65,6 +68,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let part = joined.part("decoder", graphs.decoder)?;
     let embedding = graphs.embedding.map(|model| Embedding::new(&mut joined, model)).transpose()?;
     let vision = graphs.vision.map(|model| Ok::<_, Error>((joined.part("vision", model)?, model))).transpose()?;
+    let pruner = graphs.pruner.map(|model| Ok::<_, Error>((joined.part("token_pruner", model)?, model))).transpose()?;
     joined.model.producer_name = "interlace".into();
     joined.model.graph.body.name = "generate".into();
 
@@ -73,8 +77,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let sampling = Sampling::inputs(&mut joined);
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
     let mut main = JoinScope::new(&mut joined);
-    let mut rows = None;
-    let mut grids = None;
+    let (mut rows, mut grids, mut kept) = (None, None, None);
     if let Some(embedding) = &embedding {
         let own = embedding.rows(&mut main, "prompt", input_ids)?;
         rows = Some(match &vision {
@@ -90,7 +93,11 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
                 let three = decoder.reads(InputKind::PositionIds).filter(|port| port.rank() == 3);
                 let of = (ids.image, ids.merge);
                 grids = three.map(|port| pictures.grids(&mut main, port, of)).transpose()?;
-                with_features(&mut main, (part, model), &pictures, ids.image, &rows)?
+                let values = with_features(&mut main, (part, model), &pictures, ids.image, &rows)?;
+                if let (Some((part, model)), Some(image)) = (&pruner, ids.image) {
+                    kept = Some(kept_tokens(&mut main, (part, model), image, &Rows { values, ..rows })?);
+                }
+                values
             }
         });
     } else if vision.is_some() {
@@ -105,6 +112,10 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
             .remedy("add `eos_token_id`"));
     }
     let start = Carried::start(&mut main, &decoder, input_ids, (rows, grids), ids.head_dim)?;
+    let start = match kept {
+        Some(kept) => start.of_kept(&mut main, kept),
+        None => start,
+    };
     let tokens =
         answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, &Request { limit, end, sampling })?;
     let output = without_end(&mut main, tokens, (end, ids.end.len()));
@@ -328,6 +339,20 @@ impl Carried {
         }
         let rows = rows.filter(|_| decoder.reads(InputKind::InputsEmbeds).is_some());
         Ok(Carried { ids: reads_ids.then_some(input_ids), rows, mask, positions, caches })
+    }
+
+    /// The tokens of the prompt at these positions, each with its place in the whole prompt.
+    fn of_kept(self, scope: &mut JoinScope<'_>, kept: ValueId) -> Self {
+        let mut of = |value: ValueId, axis: i64| {
+            scope.op("kept", "Gather", &[value, kept], &[("axis", AttributeKind::Int(axis))])
+        };
+        Carried {
+            ids: self.ids.map(|ids| of(ids, 1)),
+            rows: self.rows.map(|rows| of(rows, 1)),
+            mask: of(self.mask, 1),
+            positions: of(self.positions, -1),
+            caches: self.caches,
+        }
     }
 
     /// All values in order.

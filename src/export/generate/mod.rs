@@ -11,6 +11,7 @@
 
 pub(super) mod graph;
 mod positions;
+mod pruned;
 mod sampling;
 
 use std::collections::BTreeMap;
@@ -39,6 +40,7 @@ pub(super) struct LoadedGraphs<'a> {
     decoder: Model,
     embedding: Option<Model>,
     vision: Option<Model>,
+    pruner: Option<Model>,
 }
 
 impl<'a> LoadedGraphs<'a> {
@@ -56,18 +58,21 @@ impl<'a> LoadedGraphs<'a> {
         let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
         let (source, decoder) = decoder_of(&parts)?;
         let decoder = headed(bundle, decoder.clone())?;
-        let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
-        let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
-        let opset = all.iter().flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
+        let (embedding, vision, pruner) = (of(Role::EmbedTokens), of(Role::VisionEncoder), of(Role::TokenPruner));
+        let others = [embedding, vision, pruner].map(|part| part.map(|(_, model)| model));
+        let all = [Some(&decoder)].into_iter().chain(others);
+        let opset = all.flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
         let decoder = raise_opset(&decoder, opset)?;
         let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
         let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
-        Ok(LoadedGraphs { source, decoder, embedding, vision, parts })
+        let pruner = pruner.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+        Ok(LoadedGraphs { source, decoder, embedding, vision, pruner, parts })
     }
 
     /// The graphs, all in one version of the operator set.
     pub(super) fn graphs(&self) -> Graphs<'_> {
-        Graphs { decoder: &self.decoder, embedding: self.embedding.as_ref(), vision: self.vision.as_ref() }
+        let [embedding, vision, pruner] = [&self.embedding, &self.vision, &self.pruner].map(Option::as_ref);
+        Graphs { decoder: &self.decoder, embedding, vision, pruner }
     }
 
     /// The component of the decoder.

@@ -35,8 +35,8 @@ pub struct RangeCalibration<'a> {
 
 /// The ranges of what each component's products read, by the component's file.
 ///
-/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left; `Error::Engine` when a run fails;
-/// `Error::Interrupted` when the user asked to stop.
+/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left and for activations that are not finite;
+/// `Error::Engine` when a run fails; `Error::Interrupted` when the user asked to stop.
 pub(super) fn ranges(bundle: &Bundle, calibration: &RangeCalibration<'_>) -> Result<BTreeMap<String, Ranges>> {
     let runtime = Runtime::new(calibration.device)?;
     let options = SessionOptions::default();
@@ -60,7 +60,7 @@ pub(super) fn ranges(bundle: &Bundle, calibration: &RangeCalibration<'_>) -> Res
             }
         }
         let outputs = model.prefill(&prompt, false)?;
-        decoder.add(&outputs.get(OUTPUT)?.to_f32()?);
+        decoder.add(&outputs.get(OUTPUT)?.to_f32()?)?;
         count += 1;
         progress.advance(1);
     }
@@ -96,11 +96,18 @@ impl Tapped {
         Ok(Tapped { file: component.file.clone(), model, names, found, measured: false })
     }
 
-    fn add(&mut self, values: &[f32]) {
+    /// Errors: `Error::Invalid` for an activation that is not finite.
+    fn add(&mut self, values: &[f32]) -> Result<()> {
         self.measured = true;
-        for (range, pair) in self.found.iter_mut().zip(values.chunks_exact(2)) {
+        for ((range, pair), name) in self.found.iter_mut().zip(values.chunks_exact(2)).zip(&self.names) {
+            if let Some(value) = pair.iter().find(|value| !value.is_finite()) {
+                let subject = format!("`{}`: activation `{name}`", self.file);
+                return Err(Error::invalid(subject, format!("is {value} on a calibration sample"))
+                    .remedy("run `eval` on the float model: it computes numbers that are not finite"));
+            }
             *range = (range.0.min(pair[0]), range.1.max(pair[1]));
         }
+        Ok(())
     }
 
     fn ranges(self) -> Ranges {
@@ -166,7 +173,6 @@ impl Pictures {
         let feeds = self.encoder.feeds(&[picture.as_ref()])?;
         let feeds: Vec<_> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let outputs = self.session.run(&feeds, Some(&[OUTPUT]))?;
-        tapped.add(&outputs.get(OUTPUT)?.to_f32()?);
-        Ok(())
+        tapped.add(&outputs.get(OUTPUT)?.to_f32()?)
     }
 }

@@ -5,26 +5,38 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use half::f16;
 
-use crate::base::Result;
+use crate::base::{Error, Result};
 use crate::checkpoint::floats;
-use crate::ir::{AttributeKind, Body, DataType, Graph, Node, Tensor, Value, ValueId, ValueType};
+use crate::ir::{AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId, ValueType};
 use crate::rewrite::TYPE_ATTRIBUTES;
 
+use super::finite::require_finite;
 use super::kept::{KeptNode, kept_nodes};
 use super::report::{KeptOperators, QuantisedTensor, relative_error};
 use super::types::element_types;
-use super::weights::FloatConstants;
+use super::weights::{FloatConstants, Weights};
 use super::{Done, Work};
 
 /// Attributes with the type in which an operator accumulates.
 const ACCUMULATORS: &[&str] = &["stash_type", "softmax_precision"];
 
+/// Operators that make floats unless an attribute names another type, with the attribute.
+const FLOAT_BY_DEFAULT: &[(&str, &str)] = &[
+    ("BlackmanWindow", "output_datatype"),
+    ("HammingWindow", "output_datatype"),
+    ("HannWindow", "output_datatype"),
+    ("SequenceEmpty", "dtype"),
+];
+
 /// The graph in f16.
 ///
-/// Errors: `Error::Io` when the scratch file cannot be written.
+/// Errors: `Error::Io` when the scratch file cannot be written; `Error::Invalid` for a constant that is not a number and a weight
+/// beyond the range of f16; `Error::Unsupported` for inputs and outputs that are no dense tensors.
 pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
+    refuse_sequences(&work)?;
     let mut constants = work.constants("half")?;
-    let model = &mut work.model;
+    let weights = weights_of(&work.model);
+    let (file, model) = (work.file, &mut work.model);
     let types = element_types(model);
     let kept = kept_nodes(&model.graph.body, &types);
     let mut converter = Converter {
@@ -33,6 +45,9 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
         raw: HashMap::new(),
         singles: HashSet::new(),
         wide: HashMap::new(),
+        ports: HashSet::new(),
+        weights,
+        file,
         constants: &mut constants,
         found: Vec::new(),
         operators: BTreeMap::new(),
@@ -66,6 +81,12 @@ struct Converter<'a> {
     singles: HashSet<ValueId>,
     /// FloatConstants as the float graph has them.
     wide: HashMap<ValueId, Tensor>,
+    /// Results of the casts behind inputs and before outputs.
+    ports: HashSet<ValueId>,
+    /// Constants that products read.
+    weights: HashSet<ValueId>,
+    /// Path of the graph, for messages.
+    file: &'a str,
     constants: &'a mut FloatConstants,
     found: Vec<QuantisedTensor>,
     operators: BTreeMap<(String, &'static str), usize>,
@@ -95,6 +116,7 @@ impl Converter<'_> {
                 let inner = self.fresh(graph, id, "half", DataType::Float16);
                 narrow.insert(id, inner);
                 self.raw.insert(inner, id);
+                self.ports.insert(inner);
                 before.push(cast(graph, id, inner, DataType::Float16));
             }
         }
@@ -119,7 +141,8 @@ impl Converter<'_> {
             }
         }
         before.append(&mut body.nodes);
-        before.extend(after.into_iter().map(|(inner, own)| cast(graph, inner, own, DataType::Float)));
+        before.extend(after.iter().map(|&(inner, own)| cast(graph, inner, own, DataType::Float)));
+        self.ports.extend(after.into_iter().map(|(_, own)| own));
         body.nodes = before;
     }
 
@@ -138,7 +161,7 @@ impl Converter<'_> {
             self.wide.insert(id, tensor);
         }
         for mut node in std::mem::take(&mut body.nodes) {
-            if node.name.starts_with(PORT) {
+            if node.present_outputs().any(|id| self.ports.contains(&id)) {
                 // What an output has in f32 needs no detour.
                 let raw = node.present_inputs().find_map(|id| self.raw.get(&id).copied());
                 node.inputs = raw.map(|raw| vec![Some(raw)]).unwrap_or(node.inputs);
@@ -220,6 +243,7 @@ impl Converter<'_> {
     fn initializer(&mut self, graph: &mut Graph, id: ValueId, tensor: &Tensor) -> Result<()> {
         let values = floats(tensor)?;
         tensor.release();
+        self.require_range(graph.name(id), &values, self.weights.contains(&id))?;
         let mut found = Vec::with_capacity(values.len());
         let mut bytes = Vec::with_capacity(2 * values.len());
         for &value in &values {
@@ -239,6 +263,22 @@ impl Converter<'_> {
         }
         narrow_type(graph, id);
         self.constants.set(id, DataType::Float16, &tensor.dims, bytes)
+    }
+
+    /// Errors: `Error::Invalid` for numbers that are not numbers, and for infinite or too large ones of a product's weight. A mask may
+    /// have both.
+    fn require_range(&self, name: &str, values: &[f32], is_weight: bool) -> Result<()> {
+        if is_weight || values.iter().any(|value| value.is_nan()) {
+            require_finite(self.file, name, values)?;
+        }
+        match values.iter().find(|value| is_weight && narrowed(**value).1) {
+            Some(value) => {
+                let problem = format!("has {value:e}, and float16 ends at {}", f16::MAX);
+                Err(Error::invalid(format!("`{}`: weight `{name}`", self.file), problem)
+                    .remedy("take int4 or int8, whose scales are float32, or leave the model in floats"))
+            }
+            None => Ok(()),
+        }
     }
 
     fn narrow(&mut self, node: &mut Node) {
@@ -274,7 +314,14 @@ impl Converter<'_> {
             ("Constant", Some(AttributeKind::Floats(numbers))) => Tensor::from_f32(&[numbers.len() as u64], numbers),
             ("Constant", Some(AttributeKind::Tensor(tensor))) if tensor.dtype == DataType::Float => tensor.clone(),
             ("ConstantOfShape", None) => Tensor::from_f32(&[1], &[0.0]),
-            _ => return,
+            _ => {
+                let default = FLOAT_BY_DEFAULT.iter().find(|(operator, _)| *operator == node.op_type);
+                if let Some((_, name)) = default.filter(|(_, name)| node.attribute(name).is_none()) {
+                    let float = AttributeKind::Int(DataType::Float as i64);
+                    node.attributes.push((name.to_string(), float.into()));
+                }
+                return;
+            }
         };
         if node.op_type == "Constant" {
             self.wide.extend(node.present_outputs().map(|id| (id, tensor.clone())));
@@ -282,6 +329,35 @@ impl Converter<'_> {
         node.attributes.retain(|(name, _)| !name.starts_with("value"));
         node.attributes.push(("value".into(), AttributeKind::Tensor(tensor).into()));
     }
+}
+
+/// Errors: `Error::Unsupported` for sequences and the like as inputs or outputs, whose elements nothing casts.
+fn refuse_sequences(work: &Work<'_>) -> Result<()> {
+    let graph = &work.model.graph;
+    let mut ports = graph.body.inputs.iter().chain(&graph.body.outputs);
+    match ports.find(|id| matches!(graph.value(**id).ty, Some(ValueType::Other(_)))) {
+        Some(&id) => {
+            let problem = format!("has `{}`, which is no dense tensor and cannot be cast", graph.name(id));
+            Err(Error::unsupported(format!("`{}`", work.file), problem).remedy("take int4 or int8"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Constants that are weights of products and convolutions.
+fn weights_of(model: &Model) -> HashSet<ValueId> {
+    fn add(body: &Body, weights: &Weights, found: &mut HashSet<ValueId>) {
+        for node in &body.nodes {
+            found.extend(weights.product(node).map(|product| product.weight));
+            if matches!(node.op_type.as_str(), "Conv" | "ConvTranspose") {
+                found.extend(node.inputs.get(1).copied().flatten());
+            }
+            node.bodies().for_each(|inner| add(inner, weights, found));
+        }
+    }
+    let mut found = HashSet::new();
+    add(&model.graph.body, &Weights::of(model), &mut found);
+    found
 }
 
 /// The same numbers, at most as large as those of f16: what is computed from them becomes f16 later.
@@ -315,10 +391,11 @@ fn cast(graph: &Graph, from: ValueId, to: ValueId, dtype: DataType) -> Node {
 }
 
 fn narrow_type(graph: &mut Graph, id: ValueId) {
-    if let Some(ValueType::Tensor { dtype, .. }) = &mut graph.values[id.index()].ty
-        && *dtype == DataType::Float
-    {
-        *dtype = DataType::Float16;
+    match &mut graph.values[id.index()].ty {
+        Some(ValueType::Tensor { dtype, .. }) if *dtype == DataType::Float => *dtype = DataType::Float16,
+        // The declared elements of a sequence are floats; the operators say what they are now.
+        ty @ Some(ValueType::Other(_)) => *ty = None,
+        _ => {}
     }
 }
 
@@ -355,9 +432,9 @@ fn rename(body: &mut Body, names: &HashMap<ValueId, ValueId>) {
 ///
 /// Errors: as [`half`].
 pub(super) fn four_bits(work: Work<'_>) -> Result<Done> {
-    let Work { settings, ranges, scratch, file, .. } = work;
+    let Work { settings, forms, ranges, scratch, file, .. } = work;
     let four = super::int4::quantise(work, DataType::Float16)?;
-    let next = Work { model: four.model, settings, ranges, scratch, file };
+    let next = Work { model: four.model, settings, forms, ranges, scratch, file };
     let mut done = half(next)?;
     done.quantised = four.quantised.into_iter().chain(done.quantised).collect();
     Ok(done)

@@ -10,6 +10,7 @@ use crate::checkpoint::{floats, from_floats};
 use crate::ir::{AttributeKind, DataType, Graph, Node, Value, ValueId};
 use crate::quantised::{Range8, Rounded, WeightLayout};
 
+use super::finite::{require_finite, require_scales};
 use super::report::{QuantisedTensor, relative_error};
 use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
 use super::{Done, Ranges, Work, bias_node, part_name};
@@ -22,7 +23,8 @@ type Parts = [ValueId; 3];
 
 /// Integer products of activations that are rounded by their own range, as ONNX Runtime's `quantize_dynamic` writes them.
 ///
-/// Errors: `Error::Unsupported` below opset 13; `Error::Io` when the scratch file cannot be written.
+/// Errors: `Error::Unsupported` below opset 13; `Error::Io` when the scratch file cannot be written; `Error::Invalid` for a weight
+/// or a scale that is not finite.
 pub(super) fn dynamic(work: Work<'_>) -> Result<Done> {
     quantise(work, None)
 }
@@ -50,14 +52,18 @@ fn quantise(mut work: Work<'_>, ranges: Option<&Ranges>) -> Result<Done> {
         weights: &weights,
         constants: &mut constants,
         ranges,
+        file: work.file,
         known: HashMap::new(),
         tables: HashMap::new(),
         rounded: HashMap::new(),
         found: Vec::new(),
+        reasons: HashMap::new(),
     };
     replace_nodes(&mut work.model.graph, &mut |graph, node, body| quantiser.replace(graph, node, body))?;
-    let found = quantiser.found;
-    Done::of(work.model, constants, found)
+    let (found, reasons) = (quantiser.found, quantiser.reasons);
+    let mut done = Done::of(work.model, constants, found)?;
+    done.reasons = reasons;
+    Ok(done)
 }
 
 struct Quantiser<'a> {
@@ -65,6 +71,8 @@ struct Quantiser<'a> {
     constants: &'a mut FloatConstants,
     /// Ranges of operands; `None` for those of each run.
     ranges: Option<&'a Ranges>,
+    /// Path of the graph, for messages.
+    file: &'a str,
     /// Parts of a weight, by the weight and whether it is transposed.
     known: HashMap<(ValueId, bool), Parts>,
     /// Parts of a table.
@@ -72,6 +80,8 @@ struct Quantiser<'a> {
     /// The rounded form of an operand, by the operand and the body: numbers, scale and zero point, or floats again.
     rounded: HashMap<(ValueId, usize), Vec<ValueId>>,
     found: Vec<QuantisedTensor>,
+    /// Why weights stay in floats.
+    reasons: HashMap<String, String>,
 }
 
 impl Quantiser<'_> {
@@ -81,7 +91,11 @@ impl Quantiser<'_> {
                 None => self.integers(graph, &node, &product, body),
                 Some(ranges) => match ranges.get(graph.name(product.operand)) {
                     Some(&range) => self.pairs(graph, &node, &product, body, range),
-                    None => Ok(vec![node]),
+                    None => {
+                        let why = "no calibration sample reaches its product, or it is inside of an If or a Loop";
+                        self.reasons.insert(graph.name(product.weight).to_string(), why.to_string());
+                        Ok(vec![node])
+                    }
                 },
             };
         }
@@ -238,6 +252,8 @@ impl Quantiser<'_> {
             (f32::from(number) - f32::from(zeros[at / group.max(1)])) * scales[at / group.max(1)]
         };
         let found: Vec<f32> = numbers.iter().enumerate().map(float).collect();
+        require_finite(self.file, &name, values)?;
+        require_scales(self.file, &name, values, DataType::Float, &scales, &found)?;
         self.found.push(QuantisedTensor {
             name: name.clone(),
             dims: self.weights.matrix(id).map_or(Vec::new(), |tensor| tensor.dims.clone()),

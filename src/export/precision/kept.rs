@@ -82,7 +82,9 @@ fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<Valu
         let by_name =
             KEPT.iter().find(|(name, _)| *name == node.op_type && node.domain.is_empty()).map(|(_, why)| *why);
         let reason = match () {
-            () if !touches_floats || has_half || node.op_type == "Constant" || node.reads_shape_only() => None,
+            () if !touches_floats || has_half || node.reads_shape_only() => None,
+            // A sequence cannot be cast.
+            () if node.op_type == "Constant" || node.op_type.contains("Sequence") => None,
             () if !node.present_outputs().any(|id| active.contains(&id)) => Some(POSITIONS),
             () if square => Some(SUMS),
             () => by_name,

@@ -1,15 +1,20 @@
-//! PrecisionRow variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
+//! Precision variants of a model, written beside its float files. A precision is a row of [`PRECISIONS`].
 
+mod allocation;
 mod calibrate;
+mod divergence;
+mod finite;
+mod forms;
 mod half;
 mod int4;
 mod int8;
 mod kept;
 mod report;
+mod sensitivity;
 mod types;
 mod weights;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use schemars::JsonSchema;
@@ -21,15 +26,21 @@ use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
 
 pub use calibrate::{RangeCalibration, Ranges};
+pub use forms::WeightForm;
 pub use report::{
-    KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PrecisionReport, QuantisedComponent,
-    QuantisedTensor,
+    KeptOperators, KeptTensor, PRECISION_FILE, PRECISION_SCHEMA_VERSION, PartSensitivity, PrecisionBudget,
+    PrecisionReport, QuantisedComponent, QuantisedTensor, Sensitivity,
 };
+pub use sensitivity::BudgetRequest;
 
 use super::ExportTarget;
 use super::components::chosen;
 use super::record::{Export, ExportSettings};
+use forms::WeightForms;
 use weights::{FloatConstants, kept_tensors, remove_dead_code};
+
+/// The precision whose parts may have 8 bits or stay floats.
+const MIXED: &str = "int4";
 
 /// A precision in which `export` writes a model.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +53,8 @@ pub struct PrecisionRow {
     pub summary: &'static str,
     /// True when it needs the ranges of activations.
     pub calibrated: bool,
+    /// True when its weights share scales in blocks, to which [`PrecisionSettings`] apply.
+    pub in_blocks: bool,
     /// Rewrites one graph.
     write: fn(Work<'_>) -> Result<Done>,
 }
@@ -53,6 +66,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "fp16",
         summary: "Weights and activations in float16, inputs and outputs in float32",
         calibrated: false,
+        in_blocks: false,
         write: half::half,
     },
     PrecisionRow {
@@ -60,6 +74,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "quantized",
         summary: "Weights of 8 bits, activations rounded to 8 bits by their own range in every run",
         calibrated: false,
+        in_blocks: false,
         write: int8::dynamic,
     },
     PrecisionRow {
@@ -67,6 +82,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "int8",
         summary: "Weights and activations of 8 bits, activations by ranges measured on --data",
         calibrated: true,
+        in_blocks: false,
         write: int8::calibrated,
     },
     PrecisionRow {
@@ -74,6 +90,7 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "q4",
         summary: "Weights of 4 bits in blocks, activations in float32",
         calibrated: false,
+        in_blocks: true,
         write: int4::single,
     },
     PrecisionRow {
@@ -81,17 +98,22 @@ pub const PRECISIONS: &[PrecisionRow] = &[
         suffix: "q4f16",
         summary: "Weights of 4 bits in blocks, the rest as in fp16",
         calibrated: false,
+        in_blocks: true,
         write: half::four_bits,
     },
 ];
 
 /// The precision with this name.
 ///
-/// Errors: a message with the known names.
+/// Errors: a message with the known names, and the right one for the suffix of a precision's files.
 pub fn precision_named(name: &str) -> Result<&'static PrecisionRow, String> {
     let names: Vec<&str> = PRECISIONS.iter().map(|row| row.name).collect();
     let found = PRECISIONS.iter().find(|row| row.name == name);
-    found.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))
+    found.ok_or_else(|| {
+        let by_suffix = PRECISIONS.iter().find(|row| row.suffix == name);
+        let hint = by_suffix.map(|row| format!("; the files with the suffix `_{name}` are written by `{}`", row.name));
+        format!("`{name}` is none of {}{}", names.join(", "), hint.unwrap_or_default())
+    })
 }
 
 /// Settings of weights in blocks.
@@ -116,6 +138,8 @@ impl Default for PrecisionSettings {
 struct Work<'a> {
     model: Model,
     settings: &'a PrecisionSettings,
+    /// The form of each weight in blocks.
+    forms: &'a WeightForms,
     ranges: &'a Ranges,
     /// A folder for temporary files.
     scratch: &'a Path,
@@ -137,6 +161,8 @@ struct Done {
     model: Model,
     quantised: Vec<QuantisedTensor>,
     kept_operators: Vec<KeptOperators>,
+    /// Why weights stayed in floats, by their names. Others have no form with fewer bits.
+    reasons: HashMap<String, String>,
     clamped_numbers: u64,
 }
 
@@ -145,14 +171,30 @@ impl Done {
     fn of(mut model: Model, constants: FloatConstants, quantised: Vec<QuantisedTensor>) -> Result<Self> {
         model.graph.body.initializers.extend(constants.finish()?);
         remove_dead_code(&mut model.graph.body);
+        give_own_names(&mut model.graph.body);
         crate::rewrite::finish(&mut model)?;
-        Ok(Done { model, quantised, kept_operators: Vec::new(), clamped_numbers: 0 })
+        Ok(Done { model, quantised, kept_operators: Vec::new(), reasons: HashMap::new(), clamped_numbers: 0 })
     }
 }
 
 /// Name of a node that takes over a part of another node. Nodes without a name stay so: two parts must not share one.
 fn part_name(node: &str, what: &str) -> String {
     if node.is_empty() { String::new() } else { format!("{node}.{what}") }
+}
+
+/// Renames nodes that were added under a name which the body has already: ONNX Runtime loads no such graph.
+fn give_own_names(body: &mut Body) {
+    let mut taken: HashSet<String> = HashSet::new();
+    for node in &mut body.nodes {
+        let own = node.name.clone();
+        let numbered = (2..).map(|number| format!("{own}.{number}"));
+        if !own.is_empty() {
+            let free = std::iter::once(own.clone()).chain(numbered).find(|name| !taken.contains(name));
+            node.name = free.unwrap_or(own);
+            taken.insert(node.name.clone());
+        }
+        node.bodies_mut().for_each(give_own_names);
+    }
 }
 
 /// The addition of a bias to a product that was part of a `Gemm`.
@@ -172,8 +214,10 @@ pub struct PrecisionRequest<'a> {
     pub precisions: &'a [&'static PrecisionRow],
     /// Settings of weights in blocks.
     pub settings: PrecisionSettings,
-    /// Samples for precisions that need ranges of activations.
+    /// Samples for precisions that need ranges of activations, and for measuring.
     pub calibration: Option<RangeCalibration<'a>>,
+    /// Measures what each part costs in `int4`, and chooses forms for the parts within these limits.
+    pub budget: Option<BudgetRequest>,
 }
 
 /// Writes a model in these precisions for a target, as [`super::export`] does: all of them and the floats where the target has room
@@ -188,6 +232,10 @@ pub fn export_variants(
     settings: &ExportSettings,
     output: &Path,
 ) -> Result<Export> {
+    if !target.writes_variants && !target.reads("--variant") {
+        return Err(Error::invalid("`--precision`", format!("is not read by the target `{}`", target.name))
+            .remedy("leave it out: the target writes the weights of a checkpoint in its own types"));
+    }
     // The folder is made for nothing but its errors, which would otherwise come late.
     drop(StagedDir::create(output)?);
     let mut settings = settings.clone();
@@ -205,7 +253,7 @@ pub fn export_variants(
     let name = bundle.name();
     let folder = scratch.path().join(name.rsplit('/').next().unwrap_or(&name));
     let report = write_variants(bundle, request, &folder)?;
-    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report.components)
+    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report)
 }
 
 /// Writes a copy of a model folder that has the model in these precisions too, each file under its name with a suffix. In layouts
@@ -215,20 +263,26 @@ pub fn export_variants(
 /// block size that no operator takes; `Error::Unsupported` for graphs with functions of their own; as [`onnx::load`] and
 /// [`onnx::save`]. On an error no folder remains.
 pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &Path) -> Result<PrecisionReport> {
-    let PrecisionRequest { precisions, settings, calibration } = request;
+    let PrecisionRequest { precisions, settings, calibration, budget } = request;
     let calibration = calibration.as_ref();
-    check(bundle, precisions, settings, calibration)?;
+    check(bundle, request)?;
     bundle.check_output(output)?;
     let mut writer = BundleWriter::create(bundle, output)?;
     let scratch = ScratchDir::create_in(folder_of(output))?;
-    let components: Vec<&Component> =
-        chosen(bundle, None)?.into_iter().filter(|component| !component.role.is_carried()).collect();
+    let components: Vec<&Component> = chosen(bundle, None)?
+        .into_iter()
+        .filter(|component| !component.role.is_carried() && component.role.has_weights())
+        .collect();
     let mut ranges = BTreeMap::new();
     if let Some(calibration) = calibration.filter(|_| precisions.iter().any(|row| row.calibrated)) {
         ranges = calibrate::ranges(bundle, calibration)?;
     }
+    let mut allocation = None;
+    if let Some((calibration, budget)) = calibration.zip(*budget) {
+        allocation = Some(sensitivity::allocate(bundle, &components, (settings, calibration), budget, scratch.path())?);
+    }
     let progress = Progress::new("quantise", "files", (precisions.len() * components.len()) as u64);
-    let nothing = Ranges::new();
+    let (nothing, all_alike) = (Ranges::new(), WeightForms::default());
     let mut written = Vec::new();
     for precision in *precisions {
         for component in &components {
@@ -236,7 +290,9 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
             refuse(&model, &component.file)?;
             let names = constant_names(&model);
             let ranges = ranges.get(&component.file).unwrap_or(&nothing);
-            let work = Work { model, settings, ranges, scratch: scratch.path(), file: &component.file };
+            let forms = allocation.as_ref().filter(|_| precision.name == MIXED);
+            let forms = forms.and_then(|it| it.forms.get(&component.file)).unwrap_or(&all_alike);
+            let work = Work { model, settings, forms, ranges, scratch: scratch.path(), file: &component.file };
             let done = (precision.write)(work)?;
             let suffix = bundle.layout().names_variants().then_some(precision.suffix);
             let (file, bytes_after) = writer.save_variant(component, suffix, &done.model)?;
@@ -247,7 +303,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
                 file,
                 bytes_before: bundle.size_bytes(component)?,
                 bytes_after,
-                kept: if done.kept_operators.is_empty() { kept_tensors(&done.model, &names) } else { Vec::new() },
+                kept: if done.kept_operators.is_empty() { kept_tensors(&done, &names) } else { Vec::new() },
                 quantised: done.quantised,
                 kept_operators: done.kept_operators,
                 clamped_numbers: done.clamped_numbers,
@@ -262,9 +318,14 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         calibration.map(|calibration| calibration.dataset.digest()).transpose()?.map(|it| ("data".to_string(), it)),
     );
     let recorded = serde_json::json!({ "precisions": names, "blocks": settings });
+    let mut sensitivity = allocation.map(|allocation| allocation.sensitivity);
+    if let Some(budget) = sensitivity.as_mut().and_then(|found| found.budget.as_mut()) {
+        budget.size_bytes = written.iter().filter(|part| part.precision == MIXED).map(|part| part.bytes_after).sum();
+    }
     let report = PrecisionReport {
         provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?,
         components: written,
+        sensitivity,
     };
     writer.add_json(PRECISION_FILE, &report)?;
     writer.commit(Provenance::new(crate::bundle::Record::SCHEMA_VERSION, inputs, &recorded)?)?;
@@ -272,12 +333,15 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
 }
 
 /// What can be said before anything is written.
-fn check(
-    bundle: &Bundle,
-    precisions: &[&'static PrecisionRow],
-    settings: &PrecisionSettings,
-    calibration: Option<&RangeCalibration<'_>>,
-) -> Result<()> {
+fn check(bundle: &Bundle, request: &PrecisionRequest<'_>) -> Result<()> {
+    let PrecisionRequest { precisions, settings, calibration, budget } = request;
+    let twice = precisions.iter().enumerate().find(|(at, row)| precisions[..*at].iter().any(|it| it.name == row.name));
+    if let Some((_, row)) = twice {
+        return Err(Error::invalid("`--precision`", format!("has `{}` twice", row.name)).remedy("name it once"));
+    }
+    if let Some(budget) = budget {
+        check_budget(*budget, precisions, calibration.is_some())?;
+    }
     let block = settings.block_size;
     if !block.is_power_of_two() || !(16..=256).contains(&block) {
         return Err(Error::invalid("`--block-size`", format!("is {block}, expected a power of two from 16 to 256"))
@@ -293,7 +357,7 @@ fn check(
         return Err(Error::invalid(format!("`{}`", bundle.root().display()), problem)
             .remedy("write one folder for each precision"));
     }
-    for row in precisions {
+    for row in *precisions {
         if let Some(there) = bundle.components().iter().find(|component| component.variant == row.suffix) {
             return Err(Error::invalid(
                 format!("`{}`", there.file),
@@ -303,6 +367,25 @@ fn check(
         }
     }
     Ok(())
+}
+
+fn check_budget(budget: BudgetRequest, precisions: &[&PrecisionRow], has_data: bool) -> Result<()> {
+    if !precisions.iter().any(|row| row.name == MIXED) {
+        return Err(Error::invalid("`--precision`", format!("has no `{MIXED}`, whose parts are measured and chosen"))
+            .remedy("add int4, or leave `--sensitivity`, `--target-size` and `--max-kl` out"));
+    }
+    if !has_data {
+        return Err(
+            Error::invalid("the sensitivity", "needs calibration data").remedy("give conversations with `--data`")
+        );
+    }
+    match budget.max_kl {
+        Some(most) if !(most > 0.0 && most.is_finite()) => {
+            Err(Error::invalid("`--max-kl`", format!("is {most}, expected nats above 0"))
+                .remedy("give 0.01, for instance"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Operators of quantised graphs, as prefixes of their names.
@@ -370,4 +453,22 @@ fn find_node<'a>(body: &'a Body, wanted: &dyn Fn(&Node) -> bool) -> Option<&'a N
         true => Some(node),
         false => node.bodies().find_map(|inner| find_node(inner, wanted)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::PRECISION_VARIANTS;
+
+    #[test]
+    fn every_precision_is_found_by_its_name_and_by_the_variant_of_its_files() {
+        let rows: Vec<(&str, &str)> = PRECISIONS.iter().map(|row| (row.name, row.suffix)).collect();
+        assert_eq!(rows, PRECISION_VARIANTS);
+        for row in PRECISIONS {
+            assert_eq!(precision_named(row.name).unwrap().suffix, row.suffix);
+        }
+        let error = precision_named("q4").unwrap_err();
+        assert!(error.contains("none of fp16, int8") && error.ends_with("are written by `int4`"), "{error}");
+        assert!(precision_named("int3").unwrap_err().ends_with("q4f16"));
+    }
 }

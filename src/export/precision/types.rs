@@ -12,6 +12,8 @@ enum From {
     Input(usize),
     /// The attribute with a type number, or else the type of the first input.
     Attribute(&'static str),
+    /// The attribute with a type number, or else floats.
+    AttributeOrFloat(&'static str),
     /// The first output as the first input, the others of this type.
     Others(DataType),
     /// Each output of a type of its own.
@@ -21,6 +23,7 @@ enum From {
 const OPERATORS: &[(&str, From)] = &[
     ("ArgMax", From::Fixed(DataType::Int64)),
     ("ArgMin", From::Fixed(DataType::Int64)),
+    ("BlackmanWindow", From::AttributeOrFloat("output_datatype")),
     ("Cast", From::Attribute("to")),
     ("CastLike", From::Input(1)),
     ("ConvInteger", From::Fixed(DataType::Int32)),
@@ -31,6 +34,8 @@ const OPERATORS: &[(&str, From)] = &[
     ("Equal", From::Fixed(DataType::Bool)),
     ("Greater", From::Fixed(DataType::Bool)),
     ("GreaterOrEqual", From::Fixed(DataType::Bool)),
+    ("HammingWindow", From::AttributeOrFloat("output_datatype")),
+    ("HannWindow", From::AttributeOrFloat("output_datatype")),
     ("IsInf", From::Fixed(DataType::Bool)),
     ("IsNaN", From::Fixed(DataType::Bool)),
     ("Less", From::Fixed(DataType::Bool)),
@@ -44,8 +49,12 @@ const OPERATORS: &[(&str, From)] = &[
     ("NonZero", From::Fixed(DataType::Int64)),
     ("OneHot", From::Input(2)),
     ("QuantizeLinear", From::Input(2)),
+    ("RandomNormal", From::AttributeOrFloat("dtype")),
     ("RandomNormalLike", From::Attribute("dtype")),
+    ("RandomUniform", From::AttributeOrFloat("dtype")),
     ("RandomUniformLike", From::Attribute("dtype")),
+    ("SequenceEmpty", From::AttributeOrFloat("dtype")),
+    ("SequenceLength", From::Fixed(DataType::Int64)),
     ("Shape", From::Fixed(DataType::Int64)),
     ("Size", From::Fixed(DataType::Int64)),
     ("TopK", From::Others(DataType::Int64)),
@@ -113,6 +122,7 @@ fn output_type(node: &Node, place: usize, types: &HashMap<ValueId, DataType>) ->
         Some(From::Fixed(dtype)) => Some(*dtype),
         Some(From::Input(place)) => input(*place),
         Some(From::Attribute(name)) => number_type(node, name).or_else(|| input(0)),
+        Some(From::AttributeOrFloat(name)) => number_type(node, name).or(Some(DataType::Float)),
         Some(From::Others(dtype)) => {
             if place == 0 {
                 input(0)

@@ -10,6 +10,7 @@ use crate::base::{Error, MappedFile, Result};
 use crate::ir::{Attribute, Body, DataType, Graph, GraphIndex, Model, Node, Tensor, TensorData, Value, ValueId};
 use crate::quantised::WeightLayout;
 
+use super::Done;
 use super::report::KeptTensor;
 
 /// Tensors below this many bytes stay in memory, and are not listed when they stay floats.
@@ -224,15 +225,17 @@ pub(super) fn remove_dead_code(body: &mut Body) {
     body.nodes.iter_mut().flat_map(Node::bodies_mut).for_each(remove_dead_code);
 }
 
-/// FloatConstants of the float graph that stayed and are neither small nor vectors, with the operators that read them.
-pub(super) fn kept_tensors(model: &Model, names: &HashSet<String>) -> Vec<KeptTensor> {
+/// Constants of the float graph that stayed and are neither small nor vectors, each with the reason.
+pub(super) fn kept_tensors(done: &Done, names: &HashSet<String>) -> Vec<KeptTensor> {
+    let model = &done.model;
     let mut readers: HashMap<ValueId, BTreeSet<String>> = HashMap::new();
     let mut kept = Vec::new();
     collect(&model.graph, &model.graph.body, &mut readers, &mut kept);
     kept.retain(|(_, tensor)| names.contains(&tensor.name));
     for (id, tensor) in &mut kept {
         let ops: Vec<&str> = readers.get(id).into_iter().flatten().map(String::as_str).collect();
-        tensor.reason = format!("read by {}", ops.join(", "));
+        let other = || format!("read by {}, not as the plain matrix of a product or a table", ops.join(", "));
+        tensor.reason = done.reasons.get(&tensor.name).cloned().unwrap_or_else(other);
     }
     kept.into_iter().map(|(_, tensor)| tensor).collect()
 }

@@ -20,9 +20,9 @@ use std::path::Path;
 
 use crate::base::{Error, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
-use crate::onnx::{self, Storage};
+use crate::onnx;
 
-use super::components::{chosen, convert, copy, create, is_carried, size_of, write as write_text};
+use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
 use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
 use deepstack::Packing;
@@ -70,10 +70,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         positions::cast_first(&mut model);
         convert(&file, &mut model, settings)?;
         let inline = component.external.is_empty() && bundle.size_bytes(component)? <= INLINE_BYTES;
-        let storage = match inline {
-            true => Storage::Inline,
-            false => Storage::External { file_name: format!("{file}_data"), chunk_bytes: Some(CHUNK_BYTES) },
-        };
+        let storage = storage(&model, settings, inline, format!("{file}_data"), Some(CHUNK_BYTES))?;
         let data = onnx::save(&model, &folder.join(&file), &storage)?;
         if !data.is_empty() {
             chunks.insert(file.clone(), data.len());

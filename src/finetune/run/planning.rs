@@ -32,6 +32,7 @@ impl Opened {
     pub fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
         let settings = request.settings;
         refuse_parallel_streams(request.bundle)?;
+        refuse_token_pruner(request.bundle, teacher)?;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
@@ -99,6 +100,19 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         cache_bytes,
         streamed,
     }))
+}
+
+/// Targets and losses stand at the places of the whole prompt.
+fn refuse_token_pruner(bundle: &Bundle, teacher: Option<&Teacher<'_>>) -> Result<()> {
+    let pruner = |bundle: &Bundle| bundle.component(Role::TokenPruner).map(|part| bundle.path_of(part));
+    match pruner(bundle).or_else(|| teacher.and_then(|teacher| pruner(teacher.bundle))) {
+        Some(path) => Err(Error::unsupported(
+            format!("finetuning with `{}`", path.display()),
+            "the model leaves image tokens out, and training reads them all",
+        )
+        .remedy("finetune the model before `interlace prune --keep-image-tokens`")),
+        None => Ok(()),
+    }
 }
 
 /// Errors: `Error::Unsupported` for layers over several copies of the residual stream, as the configuration says (AltUp).

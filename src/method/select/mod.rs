@@ -48,7 +48,11 @@ pub enum Measures {
     HealedLoss,
 }
 
-/// All strategies; the first one is the default.
+/// The strategy where none is named: of those that need nothing but scores, the one with the lowest loss after healing on every
+/// network measured (docs/results/choosing-layers.md, docs/results/language-models.md).
+pub const DEFAULT_STRATEGY: &str = "shortgpt";
+
+/// All strategies.
 pub const STRATEGIES: &[Strategy] = &[
     Strategy {
         name: "interlace",

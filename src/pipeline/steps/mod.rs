@@ -7,6 +7,7 @@ mod eval;
 mod finetune;
 mod generate;
 mod graft;
+mod image_tokens;
 mod inspect;
 mod likelihood;
 mod meter;
@@ -22,6 +23,7 @@ pub use eval::{TextSettings, compared, eval, eval_text, retention, write_predict
 pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
 pub use graft::{Graft, graft, plan_graft};
+pub use image_tokens::{ImageTokens, keep_image_tokens, token_pruner_of};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use likelihood::{LikelihoodReport, compare_likelihoods, eval_likelihood};
 pub use meter::{CALIBRATION_SAMPLES, Meter};

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use crate::base::{Result, sha256_json};
+use crate::bundle::ModelSource;
 use crate::finetune::Settings;
 use crate::method::select::Strategy;
 use crate::method::{LayerRole, Part, Plan};
@@ -241,8 +242,8 @@ impl Maker<'_> {
 
     fn held_back_loss(&mut self, label: &str, model: &Finished) -> Result<Option<f64>> {
         let Some(read) = self.held_back()? else { return Ok(None) };
-        let (path, digest) = (model.path.as_path(), model.digest.as_str());
-        let scores = self.stages.perplexity(("held-back", label), (path, digest), &self.sweep.finetune.data, &read)?;
+        let source = (&ModelSource::from(model.path.as_path()), model.digest.as_str());
+        let scores = self.stages.perplexity(("held-back", label), source, &self.sweep.finetune.data, &read)?;
         Ok(Some(scores.mean_loss))
     }
 

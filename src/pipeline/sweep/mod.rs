@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::base::{Cancel, Error, Provenance, Result, write_json};
-use crate::bundle::{Bundle, Variants, model_on_disk};
+use crate::bundle::{Bundle, ModelSource, Variants, model_on_disk};
 use crate::eval::ModelScores;
 
 use super::comparison::{OtherScore, check_there, parts};
@@ -44,6 +44,8 @@ struct Measured {
 /// The figures of one seed of a combination.
 struct CellFigures<'c> {
     cell: &'c Cell,
+    /// The precision of the healed model; `None` for its floats.
+    precision: Option<&'static str>,
     kept_dropped: f64,
     healed: Measured,
     speedup: f64,
@@ -95,25 +97,29 @@ pub fn sweep(
     let questions = questions(&sweep.eval.benchmarks)?;
     let (finetuned, dense_rows) = (BTreeMap::new(), Vec::new());
     let Finished { path, digest, .. } = maker.stages.dense_as_made();
+    let model = ModelSource::from(path.as_path());
     let dense = Measured {
-        scores: maker.stages.answers("dense", &path, &digest, &questions, &sweep.eval.settings)?,
+        scores: maker.stages.answers("dense", &model, &digest, &questions, &sweep.eval.settings)?,
         held_back_loss: made.dense_held_back_loss,
-        other: maker.stages.other("dense", (&path, &digest), &sweep.eval.other, &sweep.eval.settings)?,
+        other: maker.stages.other("dense", (&model, &digest), &sweep.eval.other, &sweep.eval.settings)?,
     };
     let mut run = SweepRun { sweep, maker, questions, dense, finetuned, dense_rows };
     for models in &made.dense_finetuned {
         run.dense_row(models)?;
     }
     let mut rows = Vec::new();
-    for (setting, cells) in settings.iter().zip(&made.cells) {
+    for (number, (setting, cells)) in settings.iter().zip(&made.cells).enumerate() {
         let figures = cells.iter().enumerate().map(|(place, cell)| {
-            let number = rows.len() * sweep.seeds.len() + place + 1;
-            let place = format!("cell {number} of {}, seed {}", settings.len() * sweep.seeds.len(), sweep.seeds[place]);
+            let number = number * sweep.seeds.len() + place + 1;
+            let text = format!("cell {number} of {}, seed {}", settings.len() * sweep.seeds.len(), sweep.seeds[place]);
             run.maker.check_cancel()?;
-            run.figures(setting, cell, &place)
+            let floats = run.figures(setting, cell, &text)?;
+            let others = run.in_precisions(&floats, place == 0)?;
+            Ok::<Vec<CellFigures>, Error>(std::iter::once(floats).chain(others).collect())
         });
-        let figures = figures.collect::<Result<Vec<CellFigures>>>()?;
-        rows.push(run.row(setting, &figures)?);
+        for figures in by_precision(figures.collect::<Result<Vec<Vec<CellFigures>>>>()?) {
+            rows.push(run.row(setting, &figures)?);
+        }
         run.write(&rows)?;
     }
     let table = run.write(&rows)?;
@@ -135,8 +141,9 @@ impl SweepRun<'_> {
             made = self.maker.again(model)?;
         }
         let stages = &mut self.maker.stages;
-        let scores = stages.answers(step, &made.path, &made.digest, &self.questions, settings)?;
-        let other = stages.other(step, (&made.path, &made.digest), &sweep.eval.other, settings)?;
+        let source = ModelSource::from(made.path.as_path());
+        let scores = stages.answers(step, &source, &made.digest, &self.questions, settings)?;
+        let other = stages.other(step, (&source, &made.digest), &sweep.eval.other, settings)?;
         if !sweep.keep_models {
             stages.store.remove(step)?;
         }
@@ -148,14 +155,15 @@ impl SweepRun<'_> {
         let healed = self.measured(&cell.healed)?;
         let (step, pruned) = (cell.pruned_step.as_str(), &cell.pruned);
         let stages = &mut self.maker.stages;
-        let dropped = stages.answers(step, &pruned.path, &pruned.digest, &self.questions, &sweep.eval.settings)?;
+        let source = ModelSource::from(pruned.path.as_path());
+        let dropped = stages.answers(step, &source, &pruned.digest, &self.questions, &sweep.eval.settings)?;
         let ideal = match ideal_with_bridges(&pruned.path)? {
             Some(speedup) => speedup,
             None => stages.dense.costs.without_part(cell.plan.part, &cell.plan.drop).speedup,
         };
         let timed = match sweep.bench.enabled {
             true => {
-                let report = stages.bench(step, &pruned.path, &pruned.digest, &sweep.bench.settings)?;
+                let report = stages.bench(step, &source, &pruned.digest, &sweep.bench.settings)?;
                 report.speedup.map(|speedup| speedup.decoder_ttft.median)
             }
             false => None,
@@ -169,13 +177,52 @@ impl SweepRun<'_> {
         ));
         Ok(CellFigures {
             cell,
+            precision: None,
             kept_dropped,
             healed,
             speedup: timed.unwrap_or(ideal),
             speedup_measured: timed.is_some(),
             // Healing changes the values of the weights, but not their size.
-            size_bytes: size_bytes(&cell.pruned.path)?,
+            size_bytes: size_bytes(&source)?,
         })
+    }
+
+    /// A healed model's figures in each precision of the sweep. Where it is asked for, the model is written for the targets too.
+    ///
+    /// Errors: those of the steps.
+    fn in_precisions<'c>(&mut self, floats: &CellFigures<'c>, for_targets: bool) -> Result<Vec<CellFigures<'c>>> {
+        let sweep = self.sweep;
+        let (cell, healed) = (floats.cell, &floats.cell.healed);
+        let model = (healed.made.path.as_path(), healed.made.digest.as_str());
+        let stages = &mut self.maker.stages;
+        let quantised = stages.quantise(&healed.step, model, (&sweep.export, &sweep.calibration))?;
+        let mut figures = Vec::new();
+        for (made, (row, source)) in quantised.iter().flat_map(|own| own.models.iter().map(move |it| (&own.made, it))) {
+            let (label, digest) = (format!("{}-{}", healed.step, row.name), made.digest.as_str());
+            let scores = stages.answers(&label, source, digest, &self.questions, &sweep.eval.settings)?;
+            let other = stages.other(&label, (source, digest), &sweep.eval.other, &sweep.eval.settings)?;
+            let speedup = match sweep.bench.enabled {
+                true => {
+                    let report = stages.bench(&label, source, digest, &sweep.bench.settings)?;
+                    report.speedup.map(|speedup| speedup.decoder_ttft.median)
+                }
+                false => None,
+            };
+            figures.push(CellFigures {
+                cell,
+                precision: Some(row.name),
+                kept_dropped: floats.kept_dropped,
+                // The loss on what is held back chooses among floats.
+                healed: Measured { scores, held_back_loss: None, other },
+                speedup: speedup.unwrap_or(floats.speedup),
+                speedup_measured: speedup.is_some(),
+                size_bytes: size_bytes(source)?,
+            });
+        }
+        if for_targets {
+            stages.export(&format!("-{}", healed.step), model, quantised.as_ref(), &sweep.export)?;
+        }
+        Ok(figures)
     }
 
     /// A row of the dense model finetuned beside a recipe.
@@ -244,6 +291,7 @@ impl SweepRun<'_> {
             drop_ratio: setting.drop_ratio,
             strategy: setting.strategy.to_string(),
             recipe: setting.recipe.to_string(),
+            precision: first.precision.map(str::to_string),
             dropped_layers: first.cell.plan.drop.len(),
             dropped: cells.iter().map(|own| own.cell.plan.drop.clone()).collect(),
             kept_dropped: SeedSpread::over(cells.iter().map(|cell| cell.kept_dropped).collect()),
@@ -276,6 +324,20 @@ impl SweepRun<'_> {
         write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;
         Ok(table)
     }
+}
+
+/// The figures of all seeds, for the floats and then for each precision.
+fn by_precision(seeds: Vec<Vec<CellFigures<'_>>>) -> Vec<Vec<CellFigures<'_>>> {
+    let mut rows: Vec<Vec<CellFigures>> = Vec::new();
+    for seed in seeds {
+        for (place, figures) in seed.into_iter().enumerate() {
+            match rows.get_mut(place) {
+                Some(row) => row.push(figures),
+                None => rows.push(vec![figures]),
+            }
+        }
+    }
+    rows
 }
 
 /// The ideal speed-up of a pruned model that nodes were added to, those counted.

@@ -12,6 +12,7 @@ use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 use crate::hub::HubName;
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
+use super::super::export_section::ExportSection;
 use super::super::prune_section::PruneSection;
 use super::super::recipe::{BenchSection, Calibration, read_file};
 use super::super::steps::EvalSettings;
@@ -58,6 +59,10 @@ pub struct Sweep {
     /// Measures each pruned model's speed; by default the table has the ideal speed-up.
     #[serde(default = "no_bench")]
     pub bench: BenchSection,
+    /// Precisions in which every healed model has a row of its own, and targets for which each is written, with the first seed's
+    /// models. Needs `keep_models = true`.
+    #[serde(default, skip_serializing_if = "ExportSection::is_empty")]
+    pub export: ExportSection,
 }
 
 /// Data and recipes of finetuning.
@@ -165,6 +170,7 @@ impl Sweep {
         resolve(&mut sweep.output);
         resolve(&mut sweep.calibration.data);
         resolve(&mut sweep.finetune.data);
+        sweep.export.base.iter_mut().for_each(resolve_model);
         sweep.eval.benchmarks.iter_mut().for_each(resolve);
         sweep.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(sweep)
@@ -199,6 +205,11 @@ impl Sweep {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
         }
         check_names(&self.eval.benchmarks, &self.eval.other)?;
+        self.export.check()?;
+        if !self.export.is_empty() && !self.keep_models {
+            return Err(Error::invalid("export", "is made of healed models, which the sweep removes")
+                .remedy("set `keep_models = true`, or take the section out"));
+        }
         parts(self.finetune.held_back)?;
         self.finetune.recipes.iter().try_for_each(|recipe| {
             self.settings_of(recipe, 0)?.check()?;
@@ -271,6 +282,8 @@ mod tests {
             ("epochs = 2", "epoch = 2", "epoch"),
             ("epochs = 2", "epochs = 0", "`schedule.epochs`"),
             ("samples = 100", "sample = 100", "unknown field `sample`"),
+            ("[eval]", "[export]\nprecision = [\"int4\"]\n[eval]", "keep_models = true"),
+            ("[eval]", "[export]\nprecision = [\"int3\"]\n[eval]", "`int3` is none of"),
         ];
         for (from, to, want) in cases {
             assert!(SWEEP.contains(from), "{from}");

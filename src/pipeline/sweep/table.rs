@@ -21,7 +21,7 @@ pub struct SweepTable {
     pub dense_finetuned: Vec<SweepDense>,
     /// Seeds of which each row is the mean.
     pub seeds: Vec<u64>,
-    /// By drop ratio, strategy and recipe, in the order that the sweep names them.
+    /// By drop ratio, strategy, recipe and precision, in the order that the sweep names them.
     pub rows: Vec<SweepRow>,
 }
 
@@ -89,6 +89,9 @@ pub struct SweepRow {
     pub strategy: String,
     /// Name of the finetuning recipe.
     pub recipe: String,
+    /// Precision of the healed model, as `export --precision` names it; absent for its floats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
     /// Decoder layers that were dropped.
     pub dropped_layers: usize,
     /// The layers that went, by seed.
@@ -115,9 +118,9 @@ pub struct SweepRow {
     pub speedup: f64,
     /// True when it was measured; else it is the ideal, all layers over those that stay.
     pub speedup_measured: bool,
-    /// Bytes of all ONNX files.
+    /// Bytes of all ONNX files of the precision.
     pub size_bytes: u64,
-    /// True when no other row keeps as much of the dense model and is as fast, and one of them more.
+    /// True when no other row of the same precision keeps as much of the dense model and is as fast, and one of them more.
     pub pareto: bool,
     /// True for the row of its drop ratio with the lowest loss on what is held back.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -149,6 +152,13 @@ impl SeedSpread {
     fn percent(&self) -> String {
         let (mean, deviation) = (100.0 * self.mean, 100.0 * self.deviation);
         if self.values.len() > 1 { format!("{mean:.1} ± {deviation:.1}") } else { format!("{mean:.1}") }
+    }
+}
+
+impl SweepRow {
+    /// The recipe, and the precision where it is not that of the floats.
+    pub fn recipe_and_precision(&self) -> String {
+        self.precision.as_ref().map_or(self.recipe.clone(), |precision| format!("{}, {precision}", self.recipe))
     }
 }
 
@@ -187,10 +197,13 @@ impl SweepTable {
         mut rows: Vec<SweepRow>,
     ) -> Self {
         let points: Vec<(f64, f64)> = rows.iter().map(|row| (row.kept_of_dense.mean, row.speedup)).collect();
+        let precisions: Vec<Option<String>> = rows.iter().map(|row| row.precision.clone()).collect();
         let losses: Vec<(f64, Option<f64>)> =
             rows.iter().map(|row| (row.drop_ratio, row.held_back_loss.as_ref().map(|loss| loss.mean))).collect();
         for (place, (row, &(kept, speed))) in rows.iter_mut().zip(&points).enumerate() {
-            row.pareto = !points.iter().any(|&(k, s)| k >= kept && s >= speed && (k > kept || s > speed));
+            let mut alike = points.iter().zip(&precisions).filter(|(_, precision)| **precision == row.precision);
+            let dominates = |&(k, s): &(f64, f64)| k >= kept && s >= speed && (k > kept || s > speed);
+            row.pareto = !alike.any(|(point, _)| dominates(point));
             let (ratio, own) = losses[place];
             let others = losses.iter().enumerate().filter(|(other, (of, _))| *other != place && *of == ratio);
             row.chosen = own.is_some_and(|own| {
@@ -282,7 +295,7 @@ fn row_cells(row: &SweepRow, columns: Columns) -> Vec<String> {
     let mut line = vec![
         row.strategy.clone(),
         format!("{:.0}", 100.0 * row.drop_ratio),
-        row.recipe.clone(),
+        row.recipe_and_precision(),
         row.kept_dropped.percent(),
     ];
     if columns.finetuned {
@@ -309,6 +322,7 @@ mod tests {
             drop_ratio: 0.25,
             strategy: strategy.into(),
             recipe: "paper".into(),
+            precision: None,
             dropped_layers: 4,
             dropped: vec![vec![1, 3]; kept.len()],
             kept_dropped: SeedSpread::over(vec![0.5; kept.len()]),
@@ -348,11 +362,14 @@ mod tests {
             row("c", &[0.7], 1.5),
             row("d", &[0.9], 1.3),
             row("e", &[0.6], 1.4),
+            // Rows of other precisions are compared with each other.
+            SweepRow { precision: Some("int4".into()), ..row("f", &[0.5], 1.3) },
         ];
         let table = table(None, Vec::new(), rows);
-        assert_eq!(table.rows.iter().map(|row| row.pareto).collect::<Vec<_>>(), [true, false, true, true, false]);
+        assert_eq!(table.rows.iter().map(|row| row.pareto).collect::<Vec<_>>(), [true, false, true, true, false, true]);
         let text = table.markdown();
         assert!(text.contains("| a | 25 | paper | 50.0 | 90.0 | 1.30 | 1.50 MB | yes |"), "{text}");
+        assert!(text.contains("| f | 25 | paper, int4 |"), "{text}");
         assert!(text.contains("ideal decoder speed-up"), "{text}");
     }
 

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::analysis;
-use crate::base::{Provenance, Result, ScratchDir, sha256_json};
+use crate::base::{Error, Provenance, Result, ScratchDir, sha256_json};
 use crate::bundle::{Bundle, BundleWriter, Deepstack, ModelSource, Record, Role, Tower};
-use crate::data::{DataOptions, DataPart, ImageSettings, Processor, Sample};
-use crate::eval::{Spread, StageOptions, StageTimes, stage_times};
+use crate::data::{DataOptions, DataPart, Processor, Sample};
+use crate::eval::{PictureSettings, Spread, StageOptions, StageTimes, stage_times};
 use crate::finetune;
 use crate::method::select::{Measures, Strategy};
 use crate::method::{AnswerMeter, EmbeddedAnswers, Plan as LayerPlan, Scores};
@@ -23,6 +23,7 @@ use crate::rewrite::drop_layers;
 use super::costs::size_bytes;
 use super::predict::Predictor;
 use super::quality::{encoded, samples_of};
+use super::report::images_in_words;
 use super::solve::TunePoint;
 use super::target::Figures;
 
@@ -53,9 +54,11 @@ pub struct HeldBack {
     bundle: Bundle,
     meter: AnswerMeter,
     samples: Vec<Sample>,
-    /// By tower choice and budget.
-    answers: BTreeMap<(usize, usize), EmbeddedAnswers>,
+    /// By tower choice and budget; `None` for a budget that leaves no pixel of a picture.
+    answers: BTreeMap<(usize, usize), Option<EmbeddedAnswers>>,
     tower: usize,
+    /// Budgets that a held-back picture does not fit, with the reason.
+    pub notes: Vec<String>,
 }
 
 impl HeldBack {
@@ -66,13 +69,21 @@ impl HeldBack {
         let (_, samples, _) = samples_of(&stages.bundle, calibration, part, most)?;
         let samples = samples.into_iter().map(|(sample, _)| sample).collect();
         let meter = AnswerMeter::open(&stages.bundle, &stages.runtime()?, stages.features())?;
-        Ok(HeldBack { bundle: stages.bundle.clone(), meter, samples, answers: BTreeMap::new(), tower: 0 })
+        Ok(HeldBack {
+            bundle: stages.bundle.clone(),
+            meter,
+            samples,
+            answers: BTreeMap::new(),
+            tower: 0,
+            notes: Vec::new(),
+        })
     }
 
-    /// The loss of an answer token with all choices of a combination, in nats.
+    /// The loss of an answer token with all choices of a combination, in nats; `None` where a held-back picture does not fit
+    /// its budget.
     ///
     /// Errors: as `AnswerMeter`.
-    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: TunePoint) -> Result<f64> {
+    pub fn loss(&mut self, stages: &Stages, predictor: &Predictor, point: TunePoint) -> Result<Option<f64>> {
         let key = (point[1], point[2]);
         if !self.answers.contains_key(&key) {
             if self.tower != point[1] {
@@ -84,14 +95,29 @@ impl HeldBack {
                 }
                 self.tower = point[1];
             }
-            let processor = Processor::open_with(&self.bundle, &predictor.choice(2, point).images)?;
-            let answers = self.meter.answers(encoded(&processor, &self.samples), stages.cancel)?;
+            let pictures = predictor.choice(2, point);
+            let processor = Processor::open_with(&self.bundle, &pictures.images)?;
+            if pictures.keep_image_tokens.is_some() {
+                self.meter.keep_image_tokens(pictures.keep_image_tokens)?;
+            }
+            let answers = self.meter.answers(encoded(&processor, &self.samples), stages.cancel);
+            if pictures.keep_image_tokens.is_some() {
+                self.meter.keep_image_tokens(None)?;
+            }
+            let answers = match answers {
+                Ok(answers) => Some(answers),
+                Err(error @ Error::Invalid { .. }) if !pictures.images.is_default() => {
+                    let budget = images_in_words(&pictures.images);
+                    self.notes
+                        .push(format!("no plan with {budget} is made, since a held-back sample does not fit: {error}"));
+                    None
+                }
+                Err(error) => return Err(error),
+            };
             self.answers.insert(key, answers);
         }
-        match self.answers.get(&key) {
-            Some(answers) => self.meter.loss(answers, &predictor.choice(0, point).dropped, stages.cancel),
-            None => Ok(f64::NAN),
-        }
+        let Some(Some(answers)) = self.answers.get(&key) else { return Ok(None) };
+        self.meter.loss(answers, &predictor.choice(0, point).dropped, stages.cancel).map(Some)
     }
 
     /// The loss of a written model.
@@ -143,6 +169,25 @@ pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Res
         writer.set_pictures(changes.keys)?;
         let inputs = BTreeMap::from([("model".to_string(), digest.clone())]);
         writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &changes)?)
+    })?;
+    stages.report_step(&step, &done);
+    Ok(done)
+}
+
+/// The model with the part of the image tokens that its combination reads, unless that is written; the model itself where it reads
+/// all. It comes behind healing, which reads all.
+///
+/// Errors: as `steps::keep_image_tokens`.
+pub fn with_fewer_tokens(
+    stages: &mut Stages,
+    predictor: &Predictor,
+    point: TunePoint,
+    model: Finished,
+) -> Result<Finished> {
+    let Some(keep) = predictor.choice(2, point).keep_image_tokens else { return Ok(model) };
+    let step = format!("tokens-{}", short(&sha256_json(&(&model.digest, keep))?));
+    let done = stages.store.step(&step, &step, &[("model", &model.digest)], &keep, |target| {
+        steps::keep_image_tokens(&Bundle::open(&model.path)?, keep, target).map(drop)
     })?;
     stages.report_step(&step, &done);
     Ok(done)
@@ -214,7 +259,7 @@ pub fn measured(
     options: &StageOptions,
 ) -> Result<(Figures, Figures)> {
     let models = [ModelSource::from(model.path.as_path()), ModelSource::from(stages.model)];
-    let own = [ImageSettings::default()];
+    let own = [PictureSettings::default()];
     let times = stage_times(&models, &own, question, options, &stages.runtime()?, stages.cancel)?;
     let figures = |times: &[StageTimes], size_bytes: u64| {
         let median = |part: fn(&StageTimes) -> f64| Spread::of(&times.iter().map(part).collect::<Vec<_>>()).median;

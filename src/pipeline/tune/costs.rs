@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 use crate::analysis;
 use crate::base::{Error, Provenance, Result, ScratchDir};
 use crate::bundle::{Bundle, Deepstack, ModelSource, Role, Tower};
-use crate::data::{ImageSettings, Processor, Sample};
-use crate::eval::{Spread, StageOptions, StageTimes, stage_times};
+use crate::data::{ImageSettings, Sample};
+use crate::eval::{PictureSettings, Spread, StageOptions, StageTimes, stage_times};
 use crate::onnx;
 use crate::pipeline::stages::Stages;
 use crate::pipeline::steps::{self, Drop};
 
-use super::quality::Quality;
+use super::quality::{Choice, Quality};
 
 /// `costs.json`: times on this machine and bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -51,7 +51,7 @@ impl Costs {
     /// Milliseconds that one image token takes, tower included, from the largest to the smallest budget; `None` with one
     /// budget.
     pub fn image_token_ms(&self) -> Option<f64> {
-        let (first, last) = (self.budgets.first()?, self.budgets.last()?);
+        let (first, last) = (self.budgets.first()?, self.budgets.iter().rfind(|own| own.keep_image_tokens.is_none())?);
         let tokens = first.image_tokens.checked_sub(last.image_tokens).filter(|&tokens| tokens > 0)?;
         Some((first.ttft_ms.median - last.ttft_ms.median) / tokens as f64)
     }
@@ -64,6 +64,9 @@ pub struct BudgetCosts {
     /// The budget.
     #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
+    /// Part of each picture's tokens that the decoder reads; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_image_tokens: Option<f64>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// Image tokens among them.
@@ -123,7 +126,9 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         steps::prune(&Bundle::open(&thin)?, &second, Deepstack::Keep, None, &thinner)?;
         models[1] = ModelSource::from(thinner.as_path());
     }
-    let settings: Vec<ImageSettings> = pictures.iter().map(|choice| choice.images).collect();
+    let settings =
+        |choice: &Choice| PictureSettings { images: choice.images, keep_image_tokens: choice.keep_image_tokens };
+    let settings: Vec<PictureSettings> = pictures.iter().map(settings).collect();
     let times = stage_times(&models, &settings, question, options, &stages.runtime()?, stages.cancel)?;
     let tower_weights = tower_bytes(&stages.bundle, tower.len() > 1)?;
     let decoder_weights: Vec<u64> = stages.dense.costs.layers.iter().map(|layer| layer.size_bytes).collect();
@@ -142,10 +147,8 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         fewer_tower: thin_tower.map_or(0, |choice| choice.dropped.len()),
     };
     let mut budgets = Vec::with_capacity(settings.len());
-    for (at, images) in settings.iter().enumerate() {
-        let encoded = Processor::open_with(&stages.bundle, images)?.encode_prompt(question)?;
-        let tokens = (encoded.len(), encoded.image_positions.len());
-        budgets.push(budget_costs(*images, tokens, &times[0][at], &times[1][at], &counts));
+    for (at, pictures) in settings.iter().enumerate() {
+        budgets.push(budget_costs(*pictures, &times[0][at], &times[1][at], &counts));
     }
     let inputs = BTreeMap::from([("model".to_string(), stages.dense.digest.clone())]);
     let provenance = Provenance::new(Costs::SCHEMA_VERSION, inputs, options)?;
@@ -188,13 +191,7 @@ struct Counts {
     fewer_tower: usize,
 }
 
-fn budget_costs(
-    images: ImageSettings,
-    (prompt_tokens, image_tokens): (usize, usize),
-    whole: &[StageTimes],
-    thin: &[StageTimes],
-    counts: &Counts,
-) -> BudgetCosts {
+fn budget_costs(pictures: PictureSettings, whole: &[StageTimes], thin: &[StageTimes], counts: &Counts) -> BudgetCosts {
     let spread = |part: fn(&StageTimes) -> f64| Spread::of(&whole.iter().map(part).collect::<Vec<_>>());
     // The median over rounds of the difference within a round, so that slow phases of the machine cancel. Noise can make a
     // cheap layer's time negative; no layer gives time back.
@@ -203,6 +200,7 @@ fn budget_costs(
         if fewer == 0 { 0.0 } else { (Spread::of(&differences).median / fewer as f64).max(0.0) }
     };
     let median = |part: fn(&StageTimes) -> f64| spread(part).median;
+    let (prompt_tokens, image_tokens) = whole.first().map_or((0, 0), |own| (own.prompt_tokens, own.image_tokens));
     let tower_layer_ms = layer(|times| times.vision_ms, counts.fewer_tower);
     let decoder_layer_ms = layer(|times| times.prefill_ms, counts.fewer);
     let step_layer_ms = layer(|times| times.decoder_step_ms, counts.fewer);
@@ -210,7 +208,8 @@ fn budget_costs(
     let (ttft_ms, step_ms) = (spread(|times| times.ttft_ms), spread(|times| times.step_ms));
     let prepare_ms = median(|times| times.prepare_ms);
     BudgetCosts {
-        images,
+        images: pictures.images,
+        keep_image_tokens: pictures.keep_image_tokens,
         prompt_tokens,
         image_tokens,
         prepare_ms,

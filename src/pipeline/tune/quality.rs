@@ -22,6 +22,8 @@ use crate::rewrite::drop_layers;
 
 /// Picture budgets that are kept, the model's own aside.
 const MOST_BUDGETS: usize = 5;
+/// Parts of the image tokens that are tried.
+const KEPT_PARTS: [f64; 3] = [0.75, 0.5, 0.25];
 
 /// `quality.json`: the choices on every axis with their losses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -64,6 +66,9 @@ pub struct Choice {
     /// The picture budget.
     #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
+    /// Part of each picture's tokens that the decoder reads; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_image_tokens: Option<f64>,
     /// Keys of the image processor's config with the effect of `images`.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub keys: serde_json::Map<String, serde_json::Value>,
@@ -74,7 +79,7 @@ pub struct Choice {
 impl Choice {
     fn new(loss: f64) -> Self {
         let (images, keys) = (ImageSettings::default(), serde_json::Map::new());
-        Choice { dropped: Vec::new(), strategy: None, images, keys, loss }
+        Choice { dropped: Vec::new(), strategy: None, images, keep_image_tokens: None, keys, loss }
     }
 }
 
@@ -90,7 +95,7 @@ pub struct Axis {
 pub const AXES: [Axis; 3] = [
     Axis { name: "decoder depth", choices: decoder_depth },
     Axis { name: "tower depth", choices: tower_depth },
-    Axis { name: "picture budget", choices: picture_budget },
+    Axis { name: "picture budget", choices: picture_tokens },
 ];
 
 /// How quality is measured.
@@ -268,7 +273,8 @@ fn sets_of(own: &mut Measuring, strategy: &Strategy) -> Result<Vec<Vec<usize>>> 
     };
     if strategy.measures == Measures::Nothing {
         let mut sets = Vec::new();
-        for count in 1..layers {
+        // A decoder of one layer cannot be analysed again.
+        for count in 1..layers.saturating_sub(1) {
             match plan(count, None)? {
                 Some(plan) => sets.push(plan.drop),
                 None => break,
@@ -297,7 +303,8 @@ fn sets_of(own: &mut Measuring, strategy: &Strategy) -> Result<Vec<Vec<usize>>> 
 /// The vision encoder's graph with its layers; `None`, with the reason, where the tower cannot be searched.
 fn tower(bundle: &Bundle, has_pictures: bool) -> Result<std::result::Result<Analysis, String>> {
     let Some(component) = bundle.component(Role::VisionEncoder) else {
-        return Ok(Err("the model has no vision encoder of its own".to_string()));
+        let reason = "losses are measured by exchanging the vision encoder's graph, and the model has none of its own";
+        return Ok(Err(reason.to_string()));
     };
     if !has_pictures {
         return Ok(Err("no calibration sample has a picture".to_string()));
@@ -331,7 +338,15 @@ fn tower_depth(own: &mut Measuring) -> Result<Vec<Choice>> {
                 own.notes.push(format!("layer {layer} of the tower stays: {error}"));
                 None
             }
-            None => Some(own.without_tower_layers(&analysis, &[layer], &processor)?),
+            None => match own.without_tower_layers(&analysis, &[layer], &processor) {
+                Ok(loss) => Some(loss),
+                // The decoder reads a feature of this layer, and there is none without it.
+                Err(error @ Error::Invalid { .. }) => {
+                    own.notes.push(format!("layer {layer} of the tower stays: {error}"));
+                    None
+                }
+                Err(error) => return Err(error),
+            },
         };
         usable.extend(loss.map(|loss| (layer, loss)));
         own.tower_layers.push(loss);
@@ -365,6 +380,40 @@ impl Measuring<'_, '_> {
         let answers = self.meter.answers(encoded(processor, &self.samples), cancel)?;
         self.meter.loss(&answers, &[], cancel)
     }
+}
+
+/// Picture budgets, and behind them parts of the image tokens that the decoder reads.
+fn picture_tokens(own: &mut Measuring) -> Result<Vec<Choice>> {
+    let mut choices = picture_budget(own)?;
+    choices.extend(fewer_tokens(own)?);
+    Ok(choices)
+}
+
+/// Parts of each picture's tokens, chosen by the token pruner.
+fn fewer_tokens(own: &mut Measuring) -> Result<Vec<Choice>> {
+    let bundle = own.stages.bundle.clone();
+    let reason = match bundle.component(Role::TokenPruner) {
+        _ if own.samples.iter().all(|sample| sample.images.is_empty()) => "no calibration sample has a picture".into(),
+        Some(part) => format!("`{}` does so already", part.file),
+        None => match steps::token_pruner_of(&bundle, KEPT_PARTS[0]) {
+            Ok(_) => String::new(),
+            Err(error @ (Error::Unsupported { .. } | Error::Invalid { .. })) => error.to_string(),
+            Err(error) => return Err(error),
+        },
+    };
+    if !reason.is_empty() {
+        own.notes.push(format!("image tokens are not left out behind the tower: {reason}"));
+        return Ok(Vec::new());
+    }
+    let processor = Processor::open(&bundle)?;
+    let mut choices = Vec::new();
+    for keep in KEPT_PARTS {
+        own.meter.keep_image_tokens(Some(keep))?;
+        let loss = own.loss_of(&processor)?;
+        choices.push(Choice { keep_image_tokens: Some(keep), ..Choice::new(loss) });
+    }
+    own.meter.keep_image_tokens(None)?;
+    Ok(choices)
 }
 
 /// Picture budgets with fewer tokens than the model's own one, by falling number of tokens.

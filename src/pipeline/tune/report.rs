@@ -62,7 +62,10 @@ pub struct TunePlan {
     pub tower: Vec<usize>,
     /// Picture budget; empty for the model's own.
     pub images: ImageSettings,
-    /// Image tokens of the measured question.
+    /// Part of each picture's tokens that the decoder reads; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_image_tokens: Option<f64>,
+    /// Image tokens of the measured question that the decoder reads.
     pub image_tokens: usize,
     /// Predicted figures.
     pub predicted: Figures,
@@ -115,6 +118,7 @@ impl TunePlan {
             decoder: predictor.choice(0, point).dropped.clone(),
             tower: predictor.choice(1, point).dropped.clone(),
             images: predictor.choice(2, point).images,
+            keep_image_tokens: predictor.choice(2, point).keep_image_tokens,
             image_tokens: predictor.image_tokens(point),
             predicted: predictor.figures(point),
             predicted_loss: predictor.loss(point),
@@ -123,20 +127,24 @@ impl TunePlan {
         }
     }
 
-    /// What it leaves out, in words.
+    /// What it changes, in words: `without decoder layers 8 10 and tower layer 3, pictures with --max-pixels 50176`.
     pub fn shown(&self) -> String {
-        let layers = |list: &[usize]| list.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
-        let mut parts = Vec::new();
-        if !self.decoder.is_empty() {
-            parts.push(format!("decoder layers {}", layers(&self.decoder)));
-        }
-        if !self.tower.is_empty() {
-            parts.push(format!("tower layers {}", layers(&self.tower)));
-        }
-        if !self.images.is_default() {
-            parts.push(images_in_words(&self.images));
-        }
-        if parts.is_empty() { "nothing".to_string() } else { parts.join(", ") }
+        let layers = |of: &str, list: &[usize]| {
+            let numbers = list.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+            (!list.is_empty()).then(|| format!("{of} layer{} {numbers}", if list.len() == 1 { "" } else { "s" }))
+        };
+        let tokens = self.keep_image_tokens.map(|keep| format!("{:.0}% of the image tokens", 100.0 * (1.0 - keep)));
+        let gone: Vec<String> =
+            [layers("decoder", &self.decoder), layers("tower", &self.tower), tokens].into_iter().flatten().collect();
+        let gone = (!gone.is_empty()).then(|| format!("without {}", gone.join(" and ")));
+        let pictures = (!self.images.is_default()).then(|| format!("pictures with {}", images_in_words(&self.images)));
+        let parts: Vec<String> = [gone, pictures].into_iter().flatten().collect();
+        if parts.is_empty() { "nothing left out".to_string() } else { parts.join(", ") }
+    }
+
+    /// True for the unchanged model.
+    pub fn is_whole(&self) -> bool {
+        self.decoder.is_empty() && self.tower.is_empty() && self.images.is_default() && self.keep_image_tokens.is_none()
     }
 }
 
@@ -153,20 +161,20 @@ pub fn images_in_words(images: &ImageSettings) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
-impl TuneReport {
-    /// What every part costs, a row each, the first one a head.
-    pub fn cost_cells(&self) -> Vec<Vec<String>> {
-        let Some(budget) = self.costs.budgets.first() else { return Vec::new() };
+impl Costs {
+    /// Time of every part, a row each, the first one a head.
+    pub fn cells(&self) -> Vec<Vec<String>> {
+        let Some(budget) = self.budgets.first() else { return Vec::new() };
         let ms = |value: f64| format!("{value:.3}");
         let mut rows = vec![["part", "ms to the first token", "ms of a further token"].map(String::from).to_vec()];
         let mut row = |name: String, first: f64, step: Option<f64>| {
             rows.push(vec![name, ms(first), step.map(ms).unwrap_or_default()]);
         };
         row("one decoder layer".to_string(), budget.decoder_layer_ms, Some(budget.step_layer_ms));
-        if self.costs.tower_layers > 0 {
+        if self.tower_layers > 0 {
             row("one tower layer".to_string(), budget.tower_layer_ms, None);
         }
-        if let Some(token) = self.costs.image_token_ms() {
+        if let Some(token) = self.image_token_ms() {
             row("one image token, tower included".to_string(), token, None);
         }
         row("decoder without layers".to_string(), budget.decoder_rest_ms, Some(budget.step_rest_ms));
@@ -178,6 +186,16 @@ impl TuneReport {
         rows
     }
 
+    /// True where a part's time is below 0, by noise.
+    pub fn is_noisy(&self) -> bool {
+        let rest = |own: &super::costs::BudgetCosts| {
+            [own.decoder_rest_ms, own.step_rest_ms, own.tower_rest_ms, own.other_ms].into_iter().any(|time| time < 0.0)
+        };
+        self.budgets.first().is_some_and(rest) || self.image_token_ms().is_some_and(|time| time < 0.0)
+    }
+}
+
+impl TuneReport {
     /// The plans, a row each, the first one a head.
     pub fn plan_cells(&self) -> Vec<Vec<String>> {
         let head =
@@ -196,7 +214,7 @@ impl TuneReport {
                 plan.held_back_loss.map(|loss| format!("{loss:.4}")).unwrap_or_default(),
             ]);
         };
-        add("whole", &self.whole);
+        add("whole model", &self.whole);
         add("best", &self.best);
         self.single_axis.iter().for_each(|named| add(&format!("{} alone", named.name), &named.plan));
         self.quarters.iter().for_each(|named| add(&named.name, &named.plan));
@@ -205,7 +223,7 @@ impl TuneReport {
 
     /// The front, a row each, the first one a head.
     pub fn front_cells(&self) -> Vec<Vec<String>> {
-        let head = ["front: left out", "ms to first token", "tokens per s", "size", "kept"];
+        let head = ["front", "ms to first token", "tokens per s", "size", "kept"];
         let mut rows = vec![head.map(String::from).to_vec()];
         rows.extend(self.front.iter().map(|plan| {
             vec![
@@ -225,7 +243,7 @@ impl TuneReport {
             return Vec::new();
         }
         let head = [
-            "measured: left out",
+            "measured",
             "ms to first token",
             "predicted",
             "whole now",

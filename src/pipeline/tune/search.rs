@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::base::{Cancel, Device, Error, Provenance, Result, read_json, write_json};
+use crate::base::{Cancel, Device, Error, Provenance, Result, read_json, table, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record};
 use crate::data::{DataPart, Sample};
 use crate::eval::StageOptions;
@@ -14,7 +14,7 @@ use crate::pipeline::run::write_text;
 use crate::pipeline::stages::Stages;
 use crate::pipeline::store::Finished;
 
-use super::candidates::{Healed, Healer, HeldBack, heal, made, measured};
+use super::candidates::{Healed, Healer, HeldBack, heal, made, measured, with_fewer_tokens};
 use super::costs::{self, Costs};
 use super::predict::Predictor;
 use super::quality::{self, AXES, Quality, QualitySettings, samples_of};
@@ -78,12 +78,24 @@ struct Search<'t, 'a> {
     settings: QualitySettings,
 }
 
-/// Finds, makes and writes the model. `on_step` gets a line for every step.
+/// Finds, makes and writes the model; the unchanged one where that is within the limits. `on_step` gets a line for every step.
 ///
-/// Errors: `Error::Invalid` when no plan or no candidate is within the limits (saying what can be reached), when the model
-/// is within them already, when the work folder is of another model, or, without an output, lacks measurements; those of
-/// the steps. On an error the output does not exist.
+/// Errors: `Error::Invalid` when no plan or no candidate is within the limits (saying what can be reached), when the work
+/// folder is of another model or another process works in it, or, without an output, lacks measurements; those of the
+/// steps. On an error the output does not exist.
 pub fn tune(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<TuneReport> {
+    tuned(tune, healer, cancel, on_step).map_err(|error| match error {
+        Error::Interrupted { .. } => {
+            let work = tune.work.display();
+            Error::Interrupted {
+                kept: format!("finished steps are in `{work}`, and the same call continues after them"),
+            }
+        }
+        error => error,
+    })
+}
+
+fn tuned(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<TuneReport> {
     if let Some(output) = tune.output {
         if output.exists() {
             return Err(Error::invalid(format!("output `{}`", output.display()), "exists").remedy("name a new folder"));
@@ -110,8 +122,10 @@ pub fn tune(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut 
     let costs = search.costs(&quality)?;
     let predictor = Predictor::new(&quality, &costs)?;
     let mut report = search.planned(&predictor, &quality, &costs)?;
-    if let Some(output) = tune.output {
-        search.make(&predictor, &mut report, &quality, output)?;
+    match tune.output {
+        Some(output) if report.best.is_whole() => search.write(tune.model, &report, output)?,
+        Some(output) => search.make(&predictor, &mut report, &quality, output)?,
+        None => {}
     }
     let base = search.stages.store.folder().join(TUNE_FILE);
     write_json(&base.with_extension("json"), &report)?;
@@ -140,7 +154,8 @@ impl Search<'_, '_> {
             if !path.is_file() {
                 continue;
             }
-            let head: Provenance = read_json(&path, version)?;
+            // Another file than a run recorded is measured again.
+            let Ok(head) = read_json::<Provenance>(&path, version) else { continue };
             if head.inputs.get("model") != Some(&self.stages.dense.digest) {
                 return Err(Error::invalid(format!("`{}`", path.display()), "holds measurements of another model")
                     .remedy("name another folder with `--work`"));
@@ -162,6 +177,7 @@ impl Search<'_, '_> {
             if self.tune.output.is_none() {
                 return Err(nothing_stored(self.tune.work));
             }
+            self.stages.store.check_output(QUALITY, &format!("{QUALITY}.json"))?;
             found = Some(quality::measure(&mut self.stages, &self.settings, calibration)?);
         }
         let done = self.stages.store.step(QUALITY, &format!("{QUALITY}.json"), &inputs, &self.settings, |path| {
@@ -182,6 +198,7 @@ impl Search<'_, '_> {
             if self.tune.output.is_none() {
                 return Err(nothing_stored(self.tune.work));
             }
+            self.stages.store.check_output(COSTS, &format!("{COSTS}.json"))?;
             let question = self.question(quality)?;
             self.stages.note("measuring what each part costs here");
             found = Some(costs::measure(&mut self.stages, quality, &question, &options)?);
@@ -201,17 +218,18 @@ impl Search<'_, '_> {
     }
 
     /// The report before anything is made.
-    fn planned(&self, predictor: &Predictor, quality: &Quality, costs: &Costs) -> Result<TuneReport> {
+    fn planned(&mut self, predictor: &Predictor, quality: &Quality, costs: &Costs) -> Result<TuneReport> {
         let targets = &self.tune.targets;
         let sizes = predictor.sizes();
         let whole = predictor.figures([0; 3]);
-        if all_met(targets, &whole, 1.0)? {
-            let shown = targets.iter().map(TuneTarget::shown).collect::<Result<Vec<_>>>()?.join(" and ");
-            return Err(Error::invalid(format!("target of {shown}"), "the model meets it as it is")
-                .remedy("nothing need be dropped; ask for less"));
-        }
-        let within = self.within(predictor, 1.0, &|_| true)?;
-        let Some(&best) = within.first() else { return Err(unreachable(targets, predictor)?) };
+        let best = match all_met(targets, &whole, 1.0)? {
+            true => Some([0; 3]),
+            false => self.within(predictor, 1.0, &|_| true)?.first().copied(),
+        };
+        let Some(best) = best else {
+            self.stages.note(&table(&costs.cells()));
+            return Err(unreachable(targets, predictor)?);
+        };
         let main = targets.first().map(TuneTarget::row).transpose()?;
         let cost = |point: TunePoint| {
             let figures = predictor.figures(point);
@@ -224,7 +242,9 @@ impl Search<'_, '_> {
         let mut single_axis = Vec::new();
         for (axis, row) in AXES.iter().enumerate() {
             let alone = |point: TunePoint| (0..3).all(|other| other == axis || point[other] == 0);
-            if let Some(&point) = self.within(predictor, 1.0, &alone)?.first() {
+            if best != [0; 3]
+                && let Some(&point) = self.within(predictor, 1.0, &alone)?.first()
+            {
                 single_axis.push(NamedPlan { name: row.name.to_string(), plan: TunePlan::of(predictor, point) });
             }
         }
@@ -276,7 +296,7 @@ impl Search<'_, '_> {
     fn make(&mut self, predictor: &Predictor, report: &mut TuneReport, quality: &Quality, output: &Path) -> Result<()> {
         let part = DataPart::HeldBack(self.tune.held_back);
         let mut held_back = HeldBack::open(&self.stages, &self.tune.calibration, part, self.tune.samples)?;
-        let whole_loss = held_back.loss(&self.stages, predictor, [0; 3])?;
+        let whole_loss = held_back.loss(&self.stages, predictor, [0; 3])?.unwrap_or(f64::NAN);
         report.held_back_loss = Some(whole_loss);
         self.compare(predictor, report, &mut held_back)?;
         let question = self.question(quality)?;
@@ -304,8 +324,12 @@ impl Search<'_, '_> {
             }
             margin *= MARGIN / self.least_excess(report)?.max(1.0);
         }
+        report.notes.append(&mut held_back.notes);
         report.notes.extend(drift(report));
-        let Some(number) = report.chosen else { return Err(missed(&self.tune.targets, report)?) };
+        let Some(number) = report.chosen else {
+            self.stages.note(&table(&report.candidate_cells()));
+            return Err(missed(&self.tune.targets, report)?);
+        };
         let model = made.get(&report.candidates[number].plan.point).map(|model| model.path.clone()).unwrap_or_default();
         self.write(&model, report, output)
     }
@@ -327,7 +351,7 @@ impl Search<'_, '_> {
     fn compare(&mut self, predictor: &Predictor, report: &mut TuneReport, held_back: &mut HeldBack) -> Result<()> {
         let named = report.single_axis.iter_mut().chain(&mut report.quarters).map(|named| &mut named.plan);
         for plan in named.chain([&mut report.whole, &mut report.best]) {
-            plan.held_back_loss = Some(held_back.loss(&self.stages, predictor, plan.point)?);
+            plan.held_back_loss = held_back.loss(&self.stages, predictor, plan.point)?;
         }
         Ok(())
     }
@@ -345,7 +369,7 @@ impl Search<'_, '_> {
         list.truncate(SHORTLIST.max(self.tune.candidates));
         let mut losses = Vec::with_capacity(list.len());
         for point in list {
-            losses.push((held_back.loss(&self.stages, predictor, point)?, point));
+            losses.extend(held_back.loss(&self.stages, predictor, point)?.map(|loss| (loss, point)));
         }
         losses.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut found: Vec<(TunePoint, bool)> =
@@ -369,7 +393,7 @@ impl Search<'_, '_> {
         whole_loss: f64,
     ) -> Result<(Finished, Candidate)> {
         let plan = TunePlan::of(predictor, point);
-        self.stages.note(&format!("candidate without {}", plan.shown()));
+        self.stages.note(&format!("candidate {}", plan.shown()));
         let mut model = made(&mut self.stages, predictor, point)?;
         if let Some(healed) = &self.tune.healed {
             let healer = self.healer.ok_or_else(|| {
@@ -381,6 +405,7 @@ impl Search<'_, '_> {
             let scores = Finished { path: scores, digest, reused: true };
             model = heal(&mut self.stages, healer, healed, (predictor, point), &scores, &model)?;
         }
+        let model = with_fewer_tokens(&mut self.stages, predictor, point, model)?;
         let (own, whole) = measured(&self.stages, &model, question, &self.tune.options)?;
         let loss = held_back.loss_of(&self.stages, &model)?;
         let candidate = Candidate {
@@ -465,12 +490,19 @@ fn unreachable(targets: &[TuneTarget], predictor: &Predictor) -> Result<Error> {
     Ok(Error::invalid(
         format!("target of {}", target.shown()?),
         format!(
-            "cannot be reached: the best is {reached}, without {}, which keeps {:.1}% of the likelihood of an answer token",
+            "cannot be reached: the {} plan reaches {reached} ({}) and keeps {:.1}% of the likelihood of an answer token, both \
+             predicted",
+            row.best_is,
             plan.shown(),
             100.0 * plan.predicted_kept
         ),
     )
-    .remedy("set a weaker target, or make the rest cheaper: a smaller precision, a faster device"))
+    .remedy(if row.is_time {
+        "set a weaker target, use a faster device or a smaller precision, or, if the machine was busy while times were \
+         measured, measure again in a new `--work` folder"
+    } else {
+        "set a weaker target, or use a smaller precision"
+    }))
 }
 
 /// A note where the whole model's time to the first token is no longer that of the stored costs, by more than a tenth.

@@ -27,6 +27,8 @@ pub struct TargetKind {
     pub is_time: bool,
     /// Reads the flag's value.
     pub parse: fn(&str) -> Result<f64, String>,
+    /// What the plan with the best figure is called.
+    pub best_is: &'static str,
     /// The limited figure.
     pub figure: fn(&Figures) -> f64,
     /// The figure with its unit.
@@ -39,6 +41,7 @@ pub const TARGETS: &[TargetKind] = &[
         name: "ttft",
         at_most: true,
         is_time: true,
+        best_is: "fastest",
         parse: |text| with_unit(text, &[("ms", 1.0), ("s", 1000.0)], "800ms or 1.2s"),
         figure: |figures| figures.ttft_ms,
         show: |value| format!("{value:.1} ms to the first token"),
@@ -47,6 +50,7 @@ pub const TARGETS: &[TargetKind] = &[
         name: "tokens-per-s",
         at_most: false,
         is_time: true,
+        best_is: "fastest",
         parse: |text| with_unit(text, &[("", 1.0)], "25"),
         figure: |figures| figures.tokens_per_s,
         show: |value| format!("{value:.1} tokens per second"),
@@ -55,6 +59,7 @@ pub const TARGETS: &[TargetKind] = &[
         name: "size",
         at_most: true,
         is_time: false,
+        best_is: "smallest",
         parse: |text| with_unit(text, BYTE_UNITS, "300MB or 1.5GiB"),
         figure: |figures| figures.size_bytes as f64,
         show: |value| format!("a size of {}", human_bytes(value as u64)),
@@ -64,8 +69,8 @@ pub const TARGETS: &[TargetKind] = &[
 /// A positive number with one of these units behind it, in the first unit's scale.
 fn with_unit(text: &str, units: &[(&str, f64)], example: &str) -> Result<f64, String> {
     let number = |(unit, factor): &(&str, f64)| {
-        let value: f64 = text.strip_suffix(unit)?.parse().ok()?;
-        (value.is_finite() && value > 0.0).then_some(value * factor)
+        let value = factor * text.strip_suffix(unit)?.parse::<f64>().ok()?;
+        (value.is_finite() && value > 0.0).then_some(value)
     };
     units.iter().find_map(number).ok_or_else(|| {
         let names: Vec<&str> = units.iter().map(|(name, _)| *name).filter(|name| !name.is_empty()).collect();
@@ -162,6 +167,9 @@ mod tests {
             ("ttft", "0s", "above 0"),
             ("ttft", "ms", "above 0"),
             ("ttft", "infs", "above 0"),
+            ("ttft", "1e308s", "above 0"),
+            ("ttft", "1e-324s", "above 0"),
+            ("size", "1e308GB", "above 0"),
             ("tokens-per-s", "25/s", "above 0, as in 25"),
             ("size", "300", "KiB or MiB or GiB or kB or MB or GB"),
             ("size", "300Mb", "MB"),
