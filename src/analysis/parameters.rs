@@ -4,12 +4,22 @@ use std::collections::HashMap;
 
 use crate::ir::{Attribute, Body, Node, ValueId};
 
-/// Packed weights of an operator: its name, the inputs that hold packed numbers, the attribute that says their bits with its
-/// default, and the inputs with scales and zero points. Source: ONNX Runtime's `ContribOperators.md`.
-const PACKED: &[(&str, &[usize], &str, i64, &[usize])] = &[
-    ("MatMulNBits", &[1], "bits", 4, &[2, 3, 4]),
-    ("GatherBlockQuantized", &[0], "bits", 4, &[2, 3]),
-    ("QMoE", &[2, 5, 8], "expert_weight_bits", 4, &[3, 6, 9, 11, 12, 13]),
+/// An operator of packed weights.
+struct PackedOp {
+    name: &'static str,
+    /// Inputs that hold packed numbers.
+    packed: &'static [usize],
+    /// Attribute that says their bits; 4 by default.
+    bits: &'static str,
+    /// Inputs with scales and zero points.
+    beside: &'static [usize],
+}
+
+/// The operators of packed weights. Source: ONNX Runtime's `ContribOperators.md`.
+const PACKED: &[PackedOp] = &[
+    PackedOp { name: "MatMulNBits", packed: &[1], bits: "bits", beside: &[2, 3, 4] },
+    PackedOp { name: "GatherBlockQuantized", packed: &[0], bits: "bits", beside: &[2, 3] },
+    PackedOp { name: "QMoE", packed: &[2, 5, 8], bits: "expert_weight_bits", beside: &[3, 6, 9, 11, 12, 13] },
 ];
 
 /// The number of weights that each initializer of a body stands for. Bytes that hold packed 2- or 4-bit weights count as these
@@ -40,10 +50,10 @@ fn count_packed(body: &Body, node: &Node, counts: &mut HashMap<ValueId, u64>) {
                 .collect::<Vec<_>>(),
         );
     }
-    let row = PACKED.iter().find(|row| node.domain == "com.microsoft" && node.op_type == row.0);
-    let Some((op_type, packed, bits, default, beside)) = row else { return };
-    let bits = u64::try_from(int(bits, *default)).unwrap_or(0);
-    for id in packed.iter().filter_map(|&at| input(at)) {
+    let row = PACKED.iter().find(|row| node.domain == "com.microsoft" && node.op_type == row.name);
+    let Some(row) = row else { return };
+    let bits = u64::try_from(int(row.bits, 4)).unwrap_or(0);
+    for id in row.packed.iter().filter_map(|&at| input(at)) {
         let Some(tensor) =
             body.initializer(id).filter(|tensor| tensor.dtype.bits() == 8 && [1, 2, 4, 8].contains(&bits))
         else {
@@ -52,10 +62,10 @@ fn count_packed(body: &Body, node: &Node, counts: &mut HashMap<ValueId, u64>) {
         let held = tensor.byte_len() * 8 / bits;
         // The last block of a row may be padded.
         let product = u64::try_from(int("K", 0)).ok().zip(u64::try_from(int("N", 0)).ok());
-        let said = product.and_then(|(k, n)| k.checked_mul(n)).filter(|_| *op_type == "MatMulNBits");
+        let said = product.and_then(|(k, n)| k.checked_mul(n)).filter(|_| row.name == "MatMulNBits");
         counts.insert(id, said.filter(|&said| said > 0 && said <= held).unwrap_or(held));
     }
-    for id in beside.iter().filter_map(|&at| input(at)) {
+    for id in row.beside.iter().filter_map(|&at| input(at)) {
         if let Some(count) = counts.get_mut(&id) {
             *count = 0;
         }

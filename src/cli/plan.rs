@@ -84,7 +84,10 @@ pub struct Args {
 
 fn strategies_help() -> String {
     let rows = STRATEGIES.iter().map(|strategy| format!("  {:<16}{}", strategy.name, strategy.summary));
-    format!("How to choose:\n{}\n[default: {DEFAULT_STRATEGY}, or explicit with --drop]", rows.collect::<Vec<_>>().join("\n"))
+    format!(
+        "How to choose:\n{}\n[default: {DEFAULT_STRATEGY}, or explicit with --drop]",
+        rows.collect::<Vec<_>>().join("\n")
+    )
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {

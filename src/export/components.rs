@@ -94,7 +94,10 @@ pub(super) fn storage(
     }
     Ok(match inline && body.weight_bytes() <= limit {
         true => Storage::Inline,
-        false => Storage::External { file_name: data_file, chunk_bytes: Some(chunk_bytes.map_or(limit, |most| most.min(limit))) },
+        false => Storage::External {
+            file_name: data_file,
+            chunk_bytes: Some(chunk_bytes.map_or(limit, |most| most.min(limit))),
+        },
     })
 }
 

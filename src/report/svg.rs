@@ -264,7 +264,12 @@ pub struct ChartPoint {
 
 /// Points in two directions in which more is better, and the front of the best.
 pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
-    format!("<figure>\n{}{}</svg>\n{}</figure>\n", open(caption, HEIGHT), points_and_front(caption, points), legend(series))
+    format!(
+        "<figure>\n{}{}</svg>\n{}</figure>\n",
+        open(caption, HEIGHT),
+        points_and_front(caption, points),
+        legend(series)
+    )
 }
 
 /// The same as an SVG file of its own, with its style and the names of the series below the plot.

@@ -177,6 +177,10 @@ fn a_folder_without_a_run_is_refused() {
     fs::create_dir(folder.path().join("out")).expect("folder");
     let output = interlace(folder.path(), &["report", "out", "-o", "page.html"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("holds none of `table.json`, `sweep.json` and `tune.json`"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("holds none of `table.json`, `sweep.json` and `tune.json`"),
+        "{}",
+        stderr(&output)
+    );
     assert!(!folder.path().join("page.html").exists());
 }
