@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
+use crate::base::{
+    AtomicFile, Cancel, Error, LOCK_FILE, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json,
+};
 use crate::bundle::{Bundle, Variants, model_on_disk};
 use crate::checkpoint::{Checkpoint, checkpoint_on_disk};
 use crate::data::Dataset;
@@ -367,7 +369,8 @@ impl RecipeRun<'_> {
         let store = &self.stages.store;
         let path = store.folder().join(MANIFEST_FILE);
         let mut files = file_digests(store.folder())?;
-        files.remove(MANIFEST_FILE);
+        // The lock's file names the process that is running.
+        files.retain(|name, _| name != MANIFEST_FILE && name != LOCK_FILE);
         let mut inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
         let (calibration, finetune, part) = (&self.recipe.calibration, &self.recipe.finetune, self.stages.part);
         for (data, options) in
