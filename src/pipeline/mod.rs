@@ -17,7 +17,7 @@ mod tune;
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
 pub use export_section::ExportSection;
 pub use recipe::{Calibration, Recipe};
-pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run, stored_answers, stored_bench};
+pub use run::{FRONT_FILE, MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run, stored_answers, stored_bench};
 pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};
 pub use sweep::{
     DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
+use crate::base::{
+    AtomicFile, Cancel, Error, LOCK_FILE, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json,
+};
 use crate::bundle::{ModelSource, Variants, model_on_disk};
 use crate::data::Dataset;
 use crate::eval::{BenchReport, ModelBench, ModelScores, PairedComparison};
@@ -26,6 +28,8 @@ use super::table::{Speed, Table, TableRow};
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the table in the run's folder, without extension.
 pub const TABLE_FILE: &str = "table";
+/// The chart of kept score over speed that `report::draw_front` draws into the folder of a run or sweep; in no manifest.
+pub const FRONT_FILE: &str = "front.svg";
 
 /// `manifest.json`: every file that a run made, and what it was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -378,7 +382,8 @@ impl RecipeRun<'_> {
         let store = &self.stages.store;
         let path = store.folder().join(MANIFEST_FILE);
         let mut files = file_digests(store.folder())?;
-        files.remove(MANIFEST_FILE);
+        // The lock's file names the process that is running.
+        files.retain(|name, _| ![MANIFEST_FILE, LOCK_FILE, FRONT_FILE].contains(&name.as_str()));
         let mut inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
         let (calibration, finetune, part) = (&self.recipe.calibration, &self.recipe.finetune, self.stages.part);
         for (data, options) in

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::base::{AtomicFile, Result, check_output_file};
+use crate::pipeline::FRONT_FILE;
 
 use run_folder::RunFolder;
 
@@ -76,9 +77,6 @@ pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
     file.commit()?;
     Ok(WrittenReport { output: output.to_path_buf(), size_bytes: page.len() as u64, sections })
 }
-
-/// File of the chart of kept score over speed, in the folder of a run or sweep.
-pub const FRONT_FILE: &str = "front.svg";
 
 /// Draws kept score over speed as [`FRONT_FILE`] into the folder of a run or sweep. Gives its path, or `None` with fewer than
 /// two models whose speed is known.

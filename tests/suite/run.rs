@@ -79,6 +79,7 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     assert_eq!(history[1]["step"], "finetune");
     let manifest = read(&out.join("manifest.json"));
     assert!(manifest["files"]["healed-interlace/onnx/decoder_model_merged.onnx_data"].is_string());
+    assert!(out.join("run.lock").is_file() && manifest["files"]["run.lock"].is_null());
     for (target, file) in [
         ("triton", "generate_stream/1/model.py"),
         ("genai", "genai_config.json"),
