@@ -4,12 +4,22 @@ use std::collections::HashMap;
 
 use crate::ir::{Attribute, Body, Node, ValueId};
 
-/// Packed weights of an operator: its name, the inputs that hold packed numbers, the attribute that says their bits with its
-/// default, and the inputs with scales and zero points. Source: ONNX Runtime's `ContribOperators.md`.
-const PACKED: &[(&str, &[usize], &str, i64, &[usize])] = &[
-    ("MatMulNBits", &[1], "bits", 4, &[2, 3, 4]),
-    ("GatherBlockQuantized", &[0], "bits", 4, &[2, 3]),
-    ("QMoE", &[2, 5, 8], "expert_weight_bits", 4, &[3, 6, 9, 11, 12, 13]),
+/// Packed weights of an operator of the domain `com.microsoft`.
+struct PackedInputs {
+    op_type: &'static str,
+    /// Inputs that hold packed numbers.
+    packed: &'static [usize],
+    /// The attribute with their bits, 4 where it is absent.
+    bits: &'static str,
+    /// Inputs with scales and zero points.
+    beside: &'static [usize],
+}
+
+/// Source: ONNX Runtime's `ContribOperators.md`.
+const PACKED: &[PackedInputs] = &[
+    PackedInputs { op_type: "MatMulNBits", packed: &[1], bits: "bits", beside: &[2, 3, 4] },
+    PackedInputs { op_type: "GatherBlockQuantized", packed: &[0], bits: "bits", beside: &[2, 3] },
+    PackedInputs { op_type: "QMoE", packed: &[2, 5, 8], bits: "expert_weight_bits", beside: &[3, 6, 9, 11, 12, 13] },
 ];
 
 /// The number of weights that each initializer of a body stands for. Bytes that hold packed 2- or 4-bit weights count as these
@@ -31,18 +41,13 @@ fn count_packed(body: &Body, node: &Node, counts: &mut HashMap<ValueId, u64>) {
     let int = |name: &str, default: i64| node.attribute(name).and_then(Attribute::as_int).unwrap_or(default);
     let input = |at: usize| node.inputs.get(at).copied().flatten();
     if node.domain.is_empty() && ["DequantizeLinear", "QuantizeLinear"].contains(&node.op_type.as_str()) {
-        counts.extend(
-            [1, 2]
-                .into_iter()
-                .filter_map(input)
-                .filter(|id| counts.contains_key(id))
-                .map(|id| (id, 0))
-                .collect::<Vec<_>>(),
-        );
+        for id in [1, 2].into_iter().filter_map(input) {
+            counts.entry(id).and_modify(|count| *count = 0);
+        }
     }
-    let row = PACKED.iter().find(|row| node.domain == "com.microsoft" && node.op_type == row.0);
-    let Some((op_type, packed, bits, default, beside)) = row else { return };
-    let bits = u64::try_from(int(bits, *default)).unwrap_or(0);
+    let row = PACKED.iter().find(|row| node.domain == "com.microsoft" && node.op_type == row.op_type);
+    let Some(PackedInputs { op_type, packed, bits, beside }) = row else { return };
+    let bits = u64::try_from(int(bits, 4)).unwrap_or(0);
     for id in packed.iter().filter_map(|&at| input(at)) {
         let Some(tensor) =
             body.initializer(id).filter(|tensor| tensor.dtype.bits() == 8 && [1, 2, 4, 8].contains(&bits))
@@ -56,9 +61,7 @@ fn count_packed(body: &Body, node: &Node, counts: &mut HashMap<ValueId, u64>) {
         counts.insert(id, said.filter(|&said| said > 0 && said <= held).unwrap_or(held));
     }
     for id in beside.iter().filter_map(|&at| input(at)) {
-        if let Some(count) = counts.get_mut(&id) {
-            *count = 0;
-        }
+        counts.entry(id).and_modify(|count| *count = 0);
     }
 }
 
