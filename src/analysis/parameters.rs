@@ -41,14 +41,9 @@ fn count_packed(body: &Body, node: &Node, counts: &mut HashMap<ValueId, u64>) {
     let int = |name: &str, default: i64| node.attribute(name).and_then(Attribute::as_int).unwrap_or(default);
     let input = |at: usize| node.inputs.get(at).copied().flatten();
     if node.domain.is_empty() && ["DequantizeLinear", "QuantizeLinear"].contains(&node.op_type.as_str()) {
-        counts.extend(
-            [1, 2]
-                .into_iter()
-                .filter_map(input)
-                .filter(|id| counts.contains_key(id))
-                .map(|id| (id, 0))
-                .collect::<Vec<_>>(),
-        );
+        for id in [1, 2].into_iter().filter_map(input) {
+            counts.entry(id).and_modify(|count| *count = 0);
+        }
     }
     let row = PACKED.iter().find(|row| node.domain == "com.microsoft" && node.op_type == row.name);
     let Some(row) = row else { return };
