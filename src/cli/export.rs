@@ -18,12 +18,12 @@ use super::precision::{PrecisionArgs, print_precision};
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  interlace export model/ --to triton -o model_repository/\n  \
                         interlace export model/ --precision int4,fp16 --to transformers-js -o folder/")]
+#[command(group(clap::ArgGroup::new("action").required(true).multiple(true).args(["to", "precision", "vocabulary"])))]
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
-    #[arg(required_unless_present_any = ["precision", "vocabulary"])]
     to: Option<&'static ExportTarget>,
     #[command(flatten)]
     precision: PrecisionArgs,

@@ -76,6 +76,7 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
     for (arguments, want) in [
         (&[][..], "Usage"),
         (&["polish"], "polish"),
+        (&["export", "model", "-o", "out"], "--to <TARGET>|--precision <NAMES>|--vocabulary"),
         (&["plan"], "required"),
         (&["plan", "model", "-o", "p.json", "--drop-ratio", "0.25", "--drop-count", "4"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
