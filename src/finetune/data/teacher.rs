@@ -11,7 +11,7 @@ use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thre
 use crate::bundle::{Bundle, Role};
 use crate::data::LeftOut;
 use crate::finetune::loss;
-use crate::finetune::plan::{Point, points, session_bytes};
+use crate::finetune::plan::{LOGIT_BYTES, Point, points, session_bytes};
 use crate::finetune::settings::Settings;
 use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
@@ -22,9 +22,6 @@ use super::frozen_part::{self, LazySession, RowStore, each_round};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::same::same_computation;
 use super::source::{Source, TrainingSample};
-
-/// Limit on the logits of one run, in bytes.
-const LOGIT_BYTES: usize = 256 << 20;
 
 /// Element types of the stored streams and answer distributions.
 const STREAMS: RowDtype = RowDtype::Bf16;
@@ -321,7 +318,7 @@ impl TeacherTargets<'_> {
 
     /// Limit on the rows of logits that one run computes.
     fn logit_rows(&self) -> usize {
-        self.vocabulary.map_or(1, |vocabulary| (LOGIT_BYTES / (4 * vocabulary.max(1))).max(1))
+        self.vocabulary.map_or(1, |vocabulary| (LOGIT_BYTES as usize / (4 * vocabulary.max(1))).max(1))
     }
 
     /// The head as a separate session. Its input is output number `place` of `body`.

@@ -3,9 +3,9 @@
 use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
-use super::planned::{ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
+use super::planned::{ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
 use super::run_plan::{PlanInputs, RunPlan};
-use super::{CUDA_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
+use super::{CUDA_BYTES, LOGIT_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
@@ -83,6 +83,13 @@ impl List<'_> {
         }
         let formula = "frozen layers before, or the dense model, with what embeds prompts".to_string();
         self.add(Phase::Teacher, Place::Memory, ONNX_RUNTIME, inputs.sessions.one_at_a_time(), formula);
+        if plan.targets.iter().any(|target| target.what == ANSWERS) {
+            // The result of a run of the head; on a CPU also the copy that is reduced to the likeliest tokens.
+            let copies = if inputs.on_gpu { 1 } else { 2 };
+            let logits = LOGIT_BYTES.min(4 * plan.data.answer_tokens * inputs.sizes.vocabulary);
+            let formula = format!("{copies} x at most {LOGIT_BYTES}");
+            self.add(Phase::Teacher, Place::Memory, "logits of the dense model", copies * logits, formula);
+        }
         let loaded = if plan.streamed { inputs.sessions.together(plan.reads_dense()) } else { 0 };
         let formula = "rows are computed between steps".to_string();
         self.add(Phase::Steps, Place::Memory, ONNX_RUNTIME, loaded, formula.clone());

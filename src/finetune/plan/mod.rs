@@ -30,6 +30,8 @@ pub const CUDA_BYTES: u64 = 640 << 20;
 /// Maximum number of tokens of a forward pass of a fit, padding included; a longer sample forms a pass of its own. It is
 /// independent of `batch_tokens`, so the fit does not depend on how steps are cut into passes.
 pub const FIT_PASS_TOKENS: usize = 512;
+/// Limit on the logits of one run of the dense model, in bytes.
+pub const LOGIT_BYTES: u64 = 256 << 20;
 /// Maximum number of tokens that a fit uses.
 pub const FIT_TOKENS: u64 = 1 << 17;
 

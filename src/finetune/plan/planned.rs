@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 /// Names of items that errors refer to.
 pub(super) const PROCESS: &str = "process";
 pub(super) const ONNX_RUNTIME: &str = "ONNX Runtime's weights";
+/// Name of the dense model's answers among the targets.
+pub(super) const ANSWERS: &str = "dense model's answers";
 
 /// Order in which layers are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

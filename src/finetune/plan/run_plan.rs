@@ -11,8 +11,8 @@ use crate::torch::Ranks;
 
 use super::limits::Limits;
 use super::planned::{
-    ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage,
-    PlannedTarget,
+    ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch,
+    PlannedStage, PlannedTarget,
 };
 use super::points::Point;
 use super::sessions::Sessions;
@@ -463,7 +463,7 @@ impl PlanInputs<'_> {
         let read_by = by_terms(TeacherOutput::Logits);
         if !read_by.is_empty() {
             let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
-            let what = "dense model's answers".to_string();
+            let what = ANSWERS.to_string();
             targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps });
         }
         targets
