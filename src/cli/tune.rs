@@ -9,6 +9,7 @@ use crate::finetune::{DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::{STRATEGIES, Strategy};
 use crate::pipeline::steps::default_work_folder;
 use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Tune, TuneReport, TuneTarget, tune};
+use crate::report::draw_tuning;
 
 use super::args::{fraction, model, positive};
 use super::context::{Context, Outcome};
@@ -164,7 +165,8 @@ pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Res
     } else {
         print(&report, output)?;
     }
-    output.note(format!("report: {0}/{TUNE_FILE}.json, front: {0}/{TUNE_FILE}.svg", work.display()));
+    let chart = draw_tuning(&report, &work)?;
+    output.note(format!("report: {}/{TUNE_FILE}.json, front: {}", work.display(), chart.display()));
     Ok(Outcome::Done)
 }
 

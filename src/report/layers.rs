@@ -91,7 +91,7 @@ pub fn similarity(run: &RunFolder) -> Made {
         text.push_str(&format!(
             "<div>\n<h3>{}</h3>\n{}{}</div>\n",
             escaped(&name),
-            lines(&caption, &found),
+            lines(&caption, &found).figure(),
             folded_table(&name, &rows)
         ));
     }

@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::base::{AtomicFile, Result, check_output_file};
-use crate::pipeline::FRONT_FILE;
+use crate::pipeline::{FRONT_FILE, TUNE_FILE, TuneReport};
 
 use run_folder::RunFolder;
+use svg::Chart;
 
 /// A part of the page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -83,12 +84,21 @@ pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
 ///
 /// Errors: as `RunFolder::read`; `Error::Io`.
 pub fn draw_front(run: &Path) -> Result<Option<PathBuf>> {
-    let path = run.join(FRONT_FILE);
-    let Some(text) = models::pareto_file(&RunFolder::read(run)?) else { return Ok(None) };
+    models::pareto_chart(&RunFolder::read(run)?).map(|chart| write_chart(&chart, run.join(FRONT_FILE))).transpose()
+}
+
+/// Draws the front of a tuning as `tune.svg` into its work folder, and gives its path.
+///
+/// Errors: `Error::Io`.
+pub fn draw_tuning(tuning: &TuneReport, work: &Path) -> Result<PathBuf> {
+    write_chart(&tuning::front_chart(tuning), work.join(format!("{TUNE_FILE}.svg")))
+}
+
+fn write_chart(chart: &Chart, path: PathBuf) -> Result<PathBuf> {
     let mut file = AtomicFile::create(&path)?;
-    file.write_all(text.as_bytes())?;
+    file.write_all(chart.file().as_bytes())?;
     file.commit()?;
-    Ok(Some(path))
+    Ok(path)
 }
 
 fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {

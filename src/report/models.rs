@@ -8,7 +8,7 @@ use crate::pipeline::steps;
 use super::Made;
 use super::html::{escaped, folded_table, paragraph, table};
 use super::run_folder::RunFolder;
-use super::svg::{Caption, ChartPoint, ErrorBar, SERIES, bars, front, front_file, intervals};
+use super::svg::{Caption, Chart, ChartPoint, ErrorBar, SERIES, bars, front, intervals};
 
 /// The table of the run or sweep.
 pub fn overview(run: &RunFolder) -> Made {
@@ -139,7 +139,7 @@ fn fronts(contenders: &[Contender]) -> Vec<bool> {
     contenders.iter().map(|own| !contenders.iter().any(|other| beats(other, own))).collect()
 }
 
-/// The chart of kept score over speed: its caption, its points and what is written beside it.
+/// What the chart of kept score over speed shows.
 struct FrontChart {
     contenders: Vec<Contender>,
     on_front: Vec<bool>,
@@ -182,8 +182,7 @@ impl FrontChart {
         Some(FrontChart { on_front: fronts(&contenders), contenders, series, speed })
     }
 
-    /// Draws it.
-    fn drawn(&self, draw: fn(&Caption, &[ChartPoint], &[&str]) -> String) -> String {
+    fn chart(&self) -> Chart {
         let place = |own: &Contender| self.series.iter().position(|name| *name == own.series).unwrap_or_default();
         let both = || self.contenders.iter().zip(&self.on_front);
         let points: Vec<ChartPoint> =
@@ -191,8 +190,7 @@ impl FrontChart {
         let best: Vec<&str> = both().filter(|(_, front)| **front).map(|(own, _)| own.name.as_str()).collect();
         let description = format!("On the front: {}.", best.join("; "));
         let caption = Caption { title: Self::TITLE, description, x: self.speed, y: "kept, percent" };
-        let series: Vec<&str> = self.series.iter().map(String::as_str).collect();
-        draw(&caption, &points, &series)
+        front(&caption, &points, &self.series)
     }
 }
 
@@ -211,14 +209,14 @@ pub fn pareto(run: &RunFolder) -> Made {
     if chart.series.len() > SERIES {
         text.push_str(&paragraph("Marks repeat where there are many series; the table names each point."));
     }
-    text.push_str(&chart.drawn(front));
+    text.push_str(&chart.chart().figure());
     text.push_str(&folded_table(FrontChart::TITLE, &rows));
     Ok(Ok(text))
 }
 
-/// The same chart as an SVG file of its own; `None` with fewer than two models whose speed is known.
-pub fn pareto_file(run: &RunFolder) -> Option<String> {
-    FrontChart::of(run).map(|chart| chart.drawn(front_file))
+/// The same chart alone; `None` with fewer than two models whose speed is known.
+pub fn pareto_chart(run: &RunFolder) -> Option<Chart> {
+    FrontChart::of(run).map(|chart| chart.chart())
 }
 
 /// Time of the vision encoder, of the decoder's prefill and of decoding.

@@ -98,7 +98,11 @@ impl Axis {
 }
 
 fn open(caption: &Caption, height: f64) -> String {
-    format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n{}", described(caption))
+    open_svg(height) + &described(caption)
+}
+
+fn open_svg(height: f64) -> String {
+    format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n")
 }
 
 fn described(caption: &Caption) -> String {
@@ -171,13 +175,50 @@ fn legend(names: &[&str]) -> String {
     format!("<ul class=\"legend\">{}</ul>\n", names.iter().enumerate().map(entry).collect::<String>())
 }
 
+/// A chart with axes and named series.
+pub struct Chart {
+    /// Its title and description.
+    caption: String,
+    /// What is inside of the plot, and the axes.
+    drawing: String,
+    /// Names of its series.
+    series: Vec<String>,
+}
+
+impl Chart {
+    /// As a part of the page, with a legend below.
+    pub fn figure(&self) -> String {
+        let names: Vec<&str> = self.series.iter().map(String::as_str).collect();
+        let (head, legend) = (open_svg(HEIGHT) + &self.caption, legend(&names));
+        format!("<figure>\n{head}{}</svg>\n{legend}</figure>\n", self.drawing)
+    }
+
+    /// As an SVG file of its own, with its style and the names of the series below the plot.
+    pub fn file(&self) -> String {
+        const ROW: f64 = 20.0;
+        let height = HEIGHT + 8.0 + ROW * self.series.len() as f64;
+        let mut names = String::new();
+        for (number, name) in self.series.iter().enumerate() {
+            let top = HEIGHT + 8.0 + ROW * number as f64;
+            let (left, mark) = (LEFT + 14.0, mark(number, LEFT, top));
+            let _ = writeln!(names, "{mark}<text x=\"{left:.1}\" y=\"{:.1}\">{}</text>", top + 4.5, escaped(name));
+        }
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
+             role=\"img\">\n{}<style>\n{CHART_STYLE}</style>\n<rect width=\"100%\" height=\"100%\" style=\"fill: var(--paper)\" />\n\
+             {}{names}</svg>\n",
+            self.caption, self.drawing,
+        )
+    }
+}
+
 /// Lines over a common axis, with marks unless there are many points.
-pub fn lines(caption: &Caption, lines: &[Line]) -> String {
+pub fn lines(caption: &Caption, lines: &[Line]) -> Chart {
     const MOST_MARKS: usize = 40;
     let all = || lines.iter().flat_map(|line| line.points.iter());
     let x = Axis::over(all().map(|point| point.0), LEFT, WIDTH - RIGHT);
     let y = Axis::over(all().map(|point| point.1), HEIGHT - BOTTOM, TOP);
-    let mut text = open(caption, HEIGHT) + &axes(caption, &x, &y);
+    let mut text = axes(caption, &x, &y);
     for (number, line) in lines.iter().enumerate() {
         let points: Vec<(f64, f64)> = line.points.iter().map(|point| (x.at(point.0), y.at(point.1))).collect();
         let path: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
@@ -196,8 +237,7 @@ pub fn lines(caption: &Caption, lines: &[Line]) -> String {
         }
         text.push('\n');
     }
-    let names: Vec<&str> = lines.iter().map(|line| line.name.as_str()).collect();
-    format!("<figure>\n{text}</svg>\n{}</figure>\n", legend(&names))
+    Chart { caption: described(caption), drawing: text, series: lines.iter().map(|line| line.name.clone()).collect() }
 }
 
 /// Rows of intervals, one mark for each series, with a line at `reference`.
@@ -263,41 +303,7 @@ pub struct ChartPoint {
 }
 
 /// Points in two directions in which more is better, and the front of the best.
-pub fn front(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
-    format!(
-        "<figure>\n{}{}</svg>\n{}</figure>\n",
-        open(caption, HEIGHT),
-        points_and_front(caption, points),
-        legend(series)
-    )
-}
-
-/// The same as an SVG file of its own, with its style and the names of the series below the plot.
-pub fn front_file(caption: &Caption, points: &[ChartPoint], series: &[&str]) -> String {
-    const ROW: f64 = 20.0;
-    let height = HEIGHT + 8.0 + ROW * series.len() as f64;
-    let mut names = String::new();
-    for (number, name) in series.iter().enumerate() {
-        let top = HEIGHT + 8.0 + ROW * number as f64;
-        let _ = writeln!(
-            names,
-            "{}<text x=\"{:.1}\" y=\"{:.1}\">{}</text>",
-            mark(number, LEFT, top),
-            LEFT + 14.0,
-            top + 4.5,
-            escaped(name)
-        );
-    }
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
-         role=\"img\">\n{}<style>\n{CHART_STYLE}</style>\n<rect width=\"100%\" height=\"100%\" style=\"fill: var(--paper)\" />\n\
-         {}{names}</svg>\n",
-        described(caption),
-        points_and_front(caption, points),
-    )
-}
-
-fn points_and_front(caption: &Caption, points: &[ChartPoint]) -> String {
+pub fn front(caption: &Caption, points: &[ChartPoint], series: &[String]) -> Chart {
     // Space around the outermost points, for their rings.
     let padded = |values: Vec<f64>| {
         let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
@@ -319,7 +325,7 @@ fn points_and_front(caption: &Caption, points: &[ChartPoint]) -> String {
         }
         text.push('\n');
     }
-    text
+    Chart { caption: described(caption), drawing: text, series: series.to_vec() }
 }
 
 /// Bars from 0, each of several parts. Parts differ by colour and by the pattern of their edge; their values stand in the table.
@@ -403,7 +409,7 @@ mod tests {
         let caption = Caption { title: "T", description: "d".into(), x: "x", y: "y" };
         let point = |series, at, on_front| ChartPoint { series, at, on_front };
         let points = [point(0, (1.0, 99.0), true), point(1, (1.5, 90.0), true), point(1, (1.2, 80.0), false)];
-        let text = front_file(&caption, &points, &["dense", "a <b>"]);
+        let text = front(&caption, &points, &["dense".to_string(), "a <b>".to_string()]).file();
         assert!(text.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\"") && text.ends_with("</svg>\n"), "{text}");
         assert_eq!((text.matches("<svg").count(), text.matches("class=\"ring\"").count()), (1, 2));
         assert!(text.contains("<style>") && text.contains(">a &lt;b&gt;</text>") && !text.contains("<ul"), "{text}");
@@ -415,7 +421,7 @@ mod tests {
     fn charts_have_a_title_a_description_and_a_legend_that_needs_no_colour() {
         let caption = Caption { title: "T <1>", description: "d & e".into(), x: "x", y: "y" };
         let line = |name: &str| Line { name: name.into(), points: vec![(0.0, 1.0), (1.0, 2.0)], ringed: vec![1.0] };
-        let text = lines(&caption, &[line("a"), line("b")]);
+        let text = lines(&caption, &[line("a"), line("b")]).figure();
         assert!(text.contains("<title>T &lt;1&gt;</title>\n<desc>d &amp; e</desc>"), "{text}");
         assert_eq!(text.matches("class=\"ring\"").count(), 2);
         assert!(text.contains("stroke-dasharray=\"none\"") && text.contains("stroke-dasharray=\"7 4\""));

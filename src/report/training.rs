@@ -48,7 +48,7 @@ pub fn losses(run: &RunFolder) -> Made {
             trained.len()
         )));
     }
-    text.push_str(&lines(&caption, &curves));
+    text.push_str(&lines(&caption, &curves).figure());
     text.push_str(&folded_table(title, &rows));
     Ok(Ok(text))
 }

@@ -5,7 +5,7 @@ use crate::pipeline::TuneReport;
 use super::Made;
 use super::html::{folded_table, paragraph, table};
 use super::run_folder::RunFolder;
-use super::svg::{Caption, Line, lines};
+use super::svg::{Caption, Chart, Line, lines};
 
 fn of(run: &RunFolder) -> Result<&TuneReport, String> {
     run.tune.as_ref().ok_or_else(|| "the folder holds no tuning".to_string())
@@ -24,40 +24,43 @@ pub fn plans(run: &RunFolder) -> Made {
     }))
 }
 
-/// The front as predicted, and the measured models.
+const FRONT_TITLE: &str = "Kept likelihood over the time to the first token";
+
+/// The chart of the front as predicted, and of the measured models.
+pub fn front_chart(tune: &TuneReport) -> Chart {
+    let line = |name: &str, mut points: Vec<(f64, f64)>, ringed: Vec<f64>| {
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Line { name: name.to_string(), points, ringed }
+    };
+    let predicted = tune.front.iter().map(|plan| (plan.predicted.ttft_ms, 100.0 * plan.predicted_kept)).collect();
+    let chosen = tune.chosen.and_then(|number| tune.candidates.get(number));
+    let mut all = vec![line("predicted, on calibration samples", predicted, Vec::new())];
+    if !tune.candidates.is_empty() {
+        let measured = tune.candidates.iter().map(|own| (own.measured.ttft_ms, 100.0 * own.held_back_kept)).collect();
+        let ringed = chosen.map(|own| own.measured.ttft_ms).into_iter().collect();
+        all.push(line("measured, on held-back samples", measured, ringed));
+    }
+    let description = match chosen {
+        Some(own) => format!(
+            "{} plans are on the front. Chosen: {}, {:.2} ms, {:.1}% kept.",
+            tune.front.len(),
+            own.plan.shown(),
+            own.measured.ttft_ms,
+            100.0 * own.held_back_kept
+        ),
+        None => format!("{} plans are on the front. No model was made.", tune.front.len()),
+    };
+    lines(&Caption { title: FRONT_TITLE, description, x: "milliseconds to the first token", y: "kept, percent" }, &all)
+}
+
+/// That chart and its numbers.
 pub fn front(run: &RunFolder) -> Made {
     Ok(of(run).map(|tune| {
-        let predicted = tune.front.iter().map(|plan| (plan.predicted.ttft_ms, 100.0 * plan.predicted_kept));
-        let measured = tune.candidates.iter().map(|own| (own.measured.ttft_ms, 100.0 * own.held_back_kept));
-        let line = |name: &str, points: &mut dyn Iterator<Item = (f64, f64)>, ringed: Vec<f64>| {
-            let mut points: Vec<(f64, f64)> = points.collect();
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            Line { name: name.to_string(), points, ringed }
-        };
-        let chosen = tune.chosen.and_then(|number| tune.candidates.get(number));
-        let (mut predicted, mut measured) = (predicted, measured);
-        let mut all = vec![line("predicted, on calibration samples", &mut predicted, Vec::new())];
-        if !tune.candidates.is_empty() {
-            let ringed = chosen.map(|own| own.measured.ttft_ms).into_iter().collect();
-            all.push(line("measured, on held-back samples", &mut measured, ringed));
-        }
-        let title = "Kept likelihood over the time to the first token";
-        let description = match chosen {
-            Some(own) => format!(
-                "{} plans are on the front. Chosen: {}, {:.2} ms, {:.1}% kept.",
-                tune.front.len(),
-                own.plan.shown(),
-                own.measured.ttft_ms,
-                100.0 * own.held_back_kept
-            ),
-            None => format!("{} plans are on the front. No model was made.", tune.front.len()),
-        };
-        let caption = Caption { title, description, x: "milliseconds to the first token", y: "kept, percent" };
         let mut text = paragraph(
             "No other plan is as good in one direction and better in the other. A ring marks the chosen model.",
         );
-        text.push_str(&lines(&caption, &all));
-        text.push_str(&folded_table(title, &tune.front_cells()));
+        text.push_str(&front_chart(tune).figure());
+        text.push_str(&folded_table(FRONT_TITLE, &tune.front_cells()));
         text
     }))
 }

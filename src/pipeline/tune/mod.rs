@@ -8,7 +8,6 @@ mod quality;
 mod report;
 mod search;
 mod solve;
-mod svg;
 mod target;
 
 pub use candidates::{Healed, Healer, with_torch};

@@ -10,7 +10,6 @@ use crate::bundle::{Bundle, BundleWriter, Record};
 use crate::data::{DataPart, Sample};
 use crate::eval::StageOptions;
 use crate::pipeline::recipe::Calibration;
-use crate::pipeline::run::write_text;
 use crate::pipeline::stages::Stages;
 use crate::pipeline::store::Finished;
 
@@ -20,7 +19,6 @@ use super::predict::Predictor;
 use super::quality::{self, AXES, Quality, QualitySettings, samples_of};
 use super::report::{Candidate, NamedPlan, TunePlan, TuneReport};
 use super::solve::{TunePoint, front, points, ranked};
-use super::svg::front_svg;
 use super::target::{TuneTarget, all_met};
 
 /// Name of the report in the work folder, without extension.
@@ -127,9 +125,7 @@ fn tuned(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn
         Some(output) => search.make(&predictor, &mut report, &quality, output)?,
         None => {}
     }
-    let base = search.stages.store.folder().join(TUNE_FILE);
-    write_json(&base.with_extension("json"), &report)?;
-    write_text(&base.with_extension("svg"), &front_svg(&report))?;
+    write_json(&search.stages.store.folder().join(format!("{TUNE_FILE}.json")), &report)?;
     Ok(report)
 }
 
