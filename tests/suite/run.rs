@@ -103,10 +103,14 @@ fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     );
     assert_eq!(fs::read(out.join("state.json")).expect("state"), state);
 
-    fs::write(here.join("recipe.toml"), recipe("2e-3")).expect("recipe");
+    let changed = recipe("2e-3").replace("max_ir_version = 10", "max_ir_version = 10\n        max_kl = 1e-4");
+    fs::write(here.join("recipe.toml"), changed).expect("recipe");
+    let size = || bytes("precision-dense/onnx/decoder_model_merged_q4.onnx_data");
+    let before = size();
     let third = stderr(&interlace(here, &["run", "recipe.toml"]));
     assert!(third.contains("score: kept from before") && third.contains("pruned-angular: kept from before"), "{third}");
     assert!(!third.contains("healed-interlace: kept from before"), "{third}");
+    assert!(size() > before, "some parts have more than 4 bits");
     assert!(third.contains("eval-bench-small-dense: kept from before"), "{third}");
 }
 
