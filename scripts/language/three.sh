@@ -8,12 +8,14 @@ measure held-back angular angular
 if [ "$network" = gemma3 ]; then
     # The rate, on 8,192 tokens.
     samples=16 batch=1
+    for rate in 2e-5 5e-5; do heal "plain-kd-$rate" shortgpt plain-kd "$rate" --epochs 1; done
+    samples=64
+    dense dense-all-32k 2e-5
+    heal shortgpt-32k shortgpt plain-kd 5e-5 --epochs 1
+    published shortgpt-32k dense-all-32k
+    samples=16
     heal no-fit shortgpt no-fit 5e-5 --epochs 1
-    for rate in 2e-5 5e-5 1e-4; do heal "plain-kd-$rate" shortgpt plain-kd "$rate" --epochs 1; done
-    samples=128
-    dense dense-all-64k 2e-5
-    heal shortgpt-64k shortgpt plain-kd 5e-5 --epochs 1
-    published shortgpt-64k dense-all-64k
+    heal plain-kd-1e-4 shortgpt plain-kd 1e-4 --epochs 1
 else
     # The layers of `sleb` in smollm2.md.
     drop sleb --drop 3,5,14,16,17,18,25
