@@ -9,10 +9,10 @@ if [ "$network" = gemma3 ]; then
     # The rate, on 8,192 tokens.
     samples=16 batch=1
     for rate in 2e-5 5e-5; do heal "plain-kd-$rate" shortgpt plain-kd "$rate" --epochs 1; done
-    samples=64
-    dense dense-all-32k 2e-5
-    heal shortgpt-32k shortgpt plain-kd 5e-5 --epochs 1
-    published shortgpt-32k dense-all-32k
+    samples=32
+    dense dense-all-16k 2e-5
+    heal shortgpt-16k shortgpt plain-kd 5e-5 --epochs 1
+    published shortgpt-16k dense-all-16k
     samples=16
     heal no-fit shortgpt no-fit 5e-5 --epochs 1
     heal plain-kd-1e-4 shortgpt plain-kd 1e-4 --epochs 1
