@@ -6,16 +6,18 @@ measure held-back shortgpt shortgpt
 measure held-back angular angular
 
 if [ "$network" = gemma3 ]; then
-    # The rate, on 8,192 tokens.
+    # On 8,192 tokens: the dense model, and the healed one at three rates.
     samples=16 batch=1
+    dense dense-all 2e-5
     for rate in 2e-5 5e-5; do heal "plain-kd-$rate" shortgpt plain-kd "$rate" --epochs 1; done
-    samples=32
-    dense dense-all-16k 2e-5
-    heal shortgpt-16k shortgpt plain-kd 5e-5 --epochs 1
-    published shortgpt-16k dense-all-16k
-    samples=16
-    heal no-fit shortgpt no-fit 5e-5 --epochs 1
+    published plain-kd-5e-5 dense-all
     heal plain-kd-1e-4 shortgpt plain-kd 1e-4 --epochs 1
+    heal no-fit shortgpt no-fit 5e-5 --epochs 1
+    # On 32,768 tokens.
+    samples=64
+    dense dense-all-32k 2e-5
+    heal shortgpt-32k shortgpt plain-kd 5e-5 --epochs 1
+    published shortgpt-32k dense-all-32k
 else
     # The layers of `sleb` in smollm2.md.
     drop sleb --drop 3,5,14,16,17,18,25
