@@ -11,7 +11,10 @@ const TRITON_SCHEMA: &str = "src/export/model_config.proto";
 /// Process groups of LibTorch's c10d behind a C interface.
 const RANKS: &str = "src/torch/ranks";
 
-fn compile_ranks(include: &Path) {
+/// Functions of LibTorch that `tch` does not offer, behind a C interface.
+const NATIVE: &str = "src/torch/native";
+
+fn compile_native(include: &Path) {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
@@ -23,15 +26,17 @@ fn compile_ranks(include: &Path) {
         .include(include.join("torch/csrc/api/include"))
         .include(RANKS)
         .file(format!("{RANKS}/c10d.cpp"))
-        .file(format!("{RANKS}/memory.cpp"))
+        .file(format!("{NATIVE}/memory.cpp"))
+        .file(format!("{NATIVE}/onednn.cpp"))
         .compile("interlace_c10d");
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed={TRITON_SCHEMA}");
     println!("cargo:rerun-if-changed={RANKS}");
+    println!("cargo:rerun-if-changed={NATIVE}");
     if let Ok(libtorch) = env::var("LIBTORCH") {
-        compile_ranks(&Path::new(&libtorch).join("include"));
+        compile_native(&Path::new(&libtorch).join("include"));
     }
     let mut compiler = protox::Compiler::new(["src/export"])?;
     compiler.open_file(TRITON_SCHEMA)?;

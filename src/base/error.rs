@@ -119,6 +119,16 @@ impl Error {
         }
     }
 
+    /// An interruption as the user of a work folder meets it: finished steps are kept there. Other errors stay as they are.
+    pub fn kept_in(self, work: &Path) -> Self {
+        match self {
+            Error::Interrupted { .. } => Error::Interrupted {
+                kept: format!("finished steps are in `{}`, and the same call continues after them", work.display()),
+            },
+            error => error,
+        }
+    }
+
     /// An `Invalid` error about `subject`, for instance ``node `/layers.3/Add` (Add)``.
     pub fn invalid(subject: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Invalid { subject: subject.into(), problem: problem.into(), remedy: None }

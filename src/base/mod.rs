@@ -36,6 +36,7 @@ pub use runaway::{confined, on_runaway};
 pub use staging::{ScratchDir, StagedDir, folder_of};
 pub use stopwatch::Stopwatch;
 pub use text::{
-    BYTE_UNITS, clipped, findings_preview, human_bytes, human_count, list_preview, printable, shortened, table,
+    BYTE_UNITS, clipped, findings_preview, human_bytes, human_count, list_preview, printable, printable_json,
+    shortened, table, turns_direction,
 };
 pub use threads::thread_count;

@@ -85,9 +85,7 @@ pub fn findings_preview(findings: &[String], shown: usize) -> String {
 /// The text with escapes (`\u{202e}`) in place of characters that change how a terminal shows the rest: control characters
 /// other than tab and line feed, and marks that turn the direction of text. Sequences that set colours stay.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    let hidden = |c: char| {
-        (c.is_control() && c != '\t' && c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
+    let hidden = |c: char| (c.is_control() && c != '\t' && c != '\n') || turns_direction(c);
     if !text.contains(hidden) {
         return Cow::Borrowed(text);
     }
@@ -103,6 +101,28 @@ pub fn printable(text: &str) -> Cow<'_, str> {
         rest = behind;
     }
     Cow::Owned(shown)
+}
+
+/// JSON with the same meaning, in which characters of strings that [`printable`] escapes have JSON's own escapes.
+pub fn printable_json(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| (c.is_control() && c != '\n') || turns_direction(c);
+    if !text.contains(hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            // All of them are of 16 bits.
+            c if hidden(c) => shown.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => shown.push(c),
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// True for the marks that turn the direction of the text around them (Unicode's Bidi_Control).
+pub fn turns_direction(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Bytes of the sequence that sets a colour at the start of a text.
@@ -162,12 +182,22 @@ mod tests {
             ("ä.png\t1\n", "ä.png\t1\n"),
             ("a\u{202e}gnp.exe", "a\\u{202e}gnp.exe"),
             ("\u{2066}x\u{2069}", "\\u{2066}x\\u{2069}"),
+            ("a\u{200e}b\u{200f}c\u{61c}", "a\\u{200e}b\\u{200f}c\\u{61c}"),
             ("\u{1b}]0;title\u{7}", "\\u{1b}]0;title\\u{7}"),
             ("\u{1b}[2J\rok\u{9b}1m", "\\u{1b}[2J\\u{d}ok\\u{9b}1m"),
             ("\u{1b}[1;31mred\u{1b}[0m\u{1b}[", "\u{1b}[1;31mred\u{1b}[0m\\u{1b}["),
         ] {
             assert_eq!(printable(text), want);
         }
+    }
+
+    #[test]
+    fn names_in_json_cannot_either_and_keep_their_value() {
+        let name = "ä\u{202e}g\u{61c}\u{7f}\u{9b}\u{1b}.exe";
+        let text = serde_json::to_string_pretty(&[name]).unwrap();
+        let shown = printable_json(&text);
+        assert_eq!(shown, "[\n  \"ä\\u202eg\\u061c\\u007f\\u009b\\u001b.exe\"\n]");
+        assert_eq!(serde_json::from_str::<Vec<String>>(&shown).unwrap(), [name]);
     }
 
     #[test]

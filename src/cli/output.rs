@@ -7,7 +7,7 @@ use owo_colors::OwoColorize;
 use serde::Serialize;
 
 pub use crate::base::table;
-use crate::base::{Error, printable};
+use crate::base::{Error, printable, printable_json};
 use crate::runtime::Profile;
 
 /// Form of the printed results.
@@ -31,8 +31,7 @@ impl Output {
     ///
     /// Errors: when it cannot be written.
     pub fn json<T: Serialize>(&self, value: &T) -> anyhow::Result<()> {
-        let text = serde_json::to_string_pretty(value)?;
-        Ok(writeln!(io::stdout().lock(), "{text}")?)
+        Ok(writeln!(io::stdout().lock(), "{}", printable_json(&serde_json::to_string_pretty(value)?))?)
     }
 
     /// Prints a message on standard error, unless `--quiet`.
@@ -94,7 +93,7 @@ pub fn print_error(error: &anyhow::Error, json: bool) {
         let code = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map_or("other", Error::code);
         let text = FailureText { code, message: error.to_string(), caused_by: &causes };
         if let Ok(text) = serde_json::to_string_pretty(&Failure { error: text }) {
-            let _ = writeln!(io::stdout().lock(), "{text}");
+            let _ = writeln!(io::stdout().lock(), "{}", printable_json(&text));
         }
     }
 }

@@ -6,7 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
-use crate::export::{ExportSettings, ExportTarget, PrecisionRow, PrecisionSettings, precision_named, target_named};
+use crate::export::{
+    BudgetRequest, ExportSettings, ExportTarget, PrecisionRow, PrecisionSettings, precision_named, target_named,
+};
 
 /// Other layouts and precisions of the first strategy's finetuned model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -24,6 +26,10 @@ pub struct ExportSection {
     /// Blocks of weights in `int4` and `q4f16`.
     #[serde(skip_serializing_if = "is_default")]
     pub blocks: PrecisionSettings,
+    /// Largest KL divergence of each model in `int4` from its floats, in nats: parts get 8 bits or stay floats until it holds, as
+    /// with `export --max-kl`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
     /// Writes operators of ONNX Runtime's own domain as standard ones.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub standard_ops: bool,
@@ -69,6 +75,13 @@ impl ExportSection {
             return Err(Error::invalid("export.blocks", "is read by none of `precision`")
                 .remedy("name int4 or q4f16 in `precision`, or leave it out"));
         }
+        if let Some(budget) = self.budget() {
+            budget.check("export.max_kl")?;
+            if !precisions.iter().any(|row| row.is_mixed()) {
+                return Err(Error::invalid("export.max_kl", "is read by none of `precision`")
+                    .remedy("name int4 in `precision`, or leave it out"));
+            }
+        }
         for (key, flag, is_set) in self.graph_settings() {
             if is_set && !targets.iter().any(|target| target.reads(flag)) {
                 return Err(Error::invalid(format!("export.{key}"), "is read by none of `targets`")
@@ -76,6 +89,11 @@ impl ExportSection {
             }
         }
         Ok(())
+    }
+
+    /// The limit of models in `int4`, where there is one.
+    pub fn budget(&self) -> Option<BudgetRequest> {
+        self.max_kl.map(|most| BudgetRequest { target_bytes: None, max_kl: Some(most) })
     }
 
     /// Keys of settings of the graphs, with the flags of `export` and whether they are set.
@@ -131,11 +149,14 @@ mod tests {
         let check = |text: &str| section(text).and_then(|section| section.check().map_err(|error| error.to_string()));
         assert_eq!(check("targets = [\"transformers-js\"]\nprecision = [\"int4\", \"fp16\"]\nopset = 21"), Ok(()));
         assert_eq!(check("precision = [\"int4\"]\nblocks = { block_size = 128, zero_points = true }"), Ok(()));
+        assert_eq!(check("precision = [\"fp16\", \"int4\"]\nmax_kl = 0.01"), Ok(()));
         for (text, want) in [
             ("precision = [\"int3\"]", "`int3` is none of fp16"),
             ("precision = [\"int4\", \"int4\"]", "`int4` twice"),
             ("targets = [\"triton\"]\nprecision = [\"int4\", \"fp16\"]", "`triton` has room for one"),
             ("precision = [\"int8\"]\nblocks = { block_size = 128 }", "export.blocks: is read by none"),
+            ("precision = [\"fp16\"]\nmax_kl = 0.01", "export.max_kl: is read by none"),
+            ("precision = [\"int4\"]\nmax_kl = 0.0", "export.max_kl: is 0, expected nats above 0"),
             ("targets = [\"polish\"]", "`polish` is none of"),
             ("targets = [\"safetensors\"]", "export.base"),
             ("opset = 21", "export.opset: is read by none"),

@@ -50,7 +50,8 @@ impl Stages<'_> {
             return Ok(None);
         }
         let options = calibration.data_options(self.part);
-        let calibrated = precisions.iter().any(|row| row.calibrated);
+        let budget = section.budget();
+        let calibrated = budget.is_some() || precisions.iter().any(|row| row.calibrated);
         let dataset = calibrated.then(|| Dataset::open_for(&calibration.data, &self.bundle, &options)).transpose()?;
         let data_digest = dataset.as_ref().map(Dataset::digest).transpose()?;
         let mut inputs = vec![("model", digest)];
@@ -64,9 +65,9 @@ impl Stages<'_> {
             cancel,
         });
         let request =
-            PrecisionRequest { precisions: &precisions, settings: section.blocks, calibration: ranges, budget: None };
+            PrecisionRequest { precisions: &precisions, settings: section.blocks, calibration: ranges, budget };
         let step = format!("precision-{label}");
-        let key = (&section.precision, section.blocks, calibrated.then_some(calibration.seed));
+        let key = (&section.precision, section.blocks, section.max_kl, calibrated.then_some(calibration.seed));
         let made = self.store.step(&step, &step, &inputs, &key, |path| {
             write_variants(&Bundle::open(model)?, &request, path).map(|_| ())
         })?;

@@ -103,6 +103,10 @@ pub fn run(
     on_step: &mut dyn FnMut(&str),
 ) -> Result<RunResult> {
     let folder = output.unwrap_or(&recipe.output);
+    run_in(recipe, folder, cancel, on_step).map_err(|error| error.kept_in(folder))
+}
+
+fn run_in(recipe: &Recipe, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<RunResult> {
     let (part, _) = parts(recipe.finetune.held_back)?;
     check_there(&recipe.eval.benchmarks, &recipe.eval.other)?;
     let model = model_on_disk(&recipe.model, &Variants::default(), cancel)?;

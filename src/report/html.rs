@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::base::turns_direction;
+
 use super::svg::CHART_STYLE;
 
 /// Text for an element or an attribute in quotes. Characters that XML forbids become U+FFFD.
@@ -16,8 +18,7 @@ pub fn escaped(text: &str) -> String {
             '\'' => safe.push_str("&#39;"),
             '\t' | '\n' | '\r' => safe.push(c),
             c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => safe.push('\u{fffd}'),
-            // Marks that turn the direction of the text around them.
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => safe.push('\u{fffd}'),
+            c if turns_direction(c) => safe.push('\u{fffd}'),
             c => safe.push(c),
         }
     }
@@ -88,9 +89,9 @@ mod tests {
 
     #[test]
     fn no_text_leaves_its_element() {
-        let hostile = "</td><script>alert(\"x\")</script>' onload='y & \u{0}\u{1b}[31m\u{202e}";
+        let hostile = "</td><script>alert(\"x\")</script>' onload='y & \u{0}\u{1b}[31m\u{202e}\u{200f}";
         let safe = escaped(hostile);
-        assert!(!safe.contains(['<', '>', '"', '\'', '\u{0}', '\u{1b}', '\u{202e}']), "{safe}");
+        assert!(!safe.contains(['<', '>', '"', '\'', '\u{0}', '\u{1b}', '\u{202e}', '\u{200f}']), "{safe}");
         assert!(safe.starts_with("&lt;/td&gt;&lt;script&gt;alert(&quot;x&quot;)"), "{safe}");
         let cells = vec![vec!["a".to_string()], vec![hostile.to_string()]];
         assert!(table(hostile, &cells).matches("<script").count() == 0);

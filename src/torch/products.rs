@@ -2,12 +2,14 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::__cpuid;
+use std::ffi::{c_char, c_void};
 use std::sync::LazyLock;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::kernel::is_float;
 use super::op_error::OpResult;
+use super::ranks::text_of;
 
 /// The operand in the autocast kind, if it is a float.
 pub fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
@@ -71,17 +73,21 @@ fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
 fn onednn(a: &Tensor, b: &Tensor) -> OpResult<Tensor> {
     let mut size = a.size();
     let (depth, columns) = (b.size()[0], b.size()[1]);
-    let rows = a.f_reshape([-1, depth])?.f_contiguous()?;
-    let count = rows.size()[0];
-    let lacking = round_count(count) - count;
-    let rows = if lacking == 0 { rows } else { rows.f_constant_pad_nd([0, 0, 0, lacking])? };
-    let rows = rows.f_to_mkldnn(None)?;
-    let out = rows.f_mkldnn_linear(&b.f_transpose(0, 1)?, None::<&Tensor>)?.f_to_dense(None, false)?;
-    let out = if lacking == 0 { out } else { out.f_narrow(0, 0, count)? };
+    let mut out = a.f_reshape([-1, depth])?.f_contiguous()?;
+    let count = round_count(out.size()[0]);
+    let mut error = std::ptr::null_mut();
+    // SAFETY: the handles are tensors of LibTorch that live until the call returns, which puts the product in the rows' place.
+    if !unsafe { interlace_onednn_product(out.as_mut_ptr().cast(), b.as_ptr().cast(), count, &mut error) } {
+        return Err(TchError::Torch(text_of(error)).into());
+    }
     if let Some(last) = size.last_mut() {
         *last = columns;
     }
     Ok(out.f_reshape(&size)?)
+}
+
+unsafe extern "C" {
+    fn interlace_onednn_product(rows: *mut c_void, weight: *const c_void, count: i64, error: *mut *mut c_char) -> bool;
 }
 
 /// The next number with at most five significant bits that is also a multiple of 32.

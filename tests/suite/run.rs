@@ -294,6 +294,38 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| paper, int4 |"));
 }
 
+/// The divergence is measured on the calibration samples, here one text.
+#[test]
+fn max_kl_gives_parts_of_a_recipes_int4_models_more_bits() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    fs::write(here.join("words.jsonl"), WORDS).expect("text");
+    let data = fixture("data/finetune-small.parquet");
+    let quantised = |limit: &str| {
+        let lines = format!("precision = [\"int4\"]\n        {limit}");
+        let text = recipe("1e-3")
+            .replace(
+                &format!("{{ data = \"{data}\", samples = 3, turns = \"separate\" }}"),
+                "{ data = \"words.jsonl\", samples = 1 }",
+            )
+            .replace(
+                "drop_count = 2, strategies = [\"interlace\", \"angular\"]",
+                "drop_count = 1, strategies = [\"angular\"]",
+            )
+            .replace("held_back = 0.25", "dense = { enabled = false }")
+            .replace("targets = [\"triton\", \"genai\", \"generate\", \"openvino\"]\n", "")
+            .replace("max_ir_version = 10\n", "")
+            .replace("precision = [\"int4\"]", &lines);
+        fs::write(here.join("recipe.toml"), text).expect("recipe");
+        let output = interlace(here, &["run", "recipe.toml"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let file = "out/precision-angular-finetuned/onnx/decoder_model_merged_q4.onnx_data";
+        fs::metadata(here.join(file)).expect("file").len()
+    };
+    let four_bits = quantised("");
+    assert!(quantised("max_kl = 1e-4") > four_bits);
+}
+
 /// The benchmark is read after all models are made, so an unreadable one does not change any model.
 #[test]
 fn no_choice_depends_on_the_benchmark() {

@@ -59,6 +59,13 @@ pub struct PrecisionRow {
     write: fn(Work<'_>) -> Result<Done>,
 }
 
+impl PrecisionRow {
+    /// True when its parts may have 8 bits or stay floats, by [`BudgetRequest`].
+    pub fn is_mixed(&self) -> bool {
+        self.name == MIXED
+    }
+}
+
 /// All precisions.
 pub const PRECISIONS: &[PrecisionRow] = &[
     PrecisionRow {
@@ -290,7 +297,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
             refuse(&model, &component.file)?;
             let names = constant_names(&model);
             let ranges = ranges.get(&component.file).unwrap_or(&nothing);
-            let forms = allocation.as_ref().filter(|_| precision.name == MIXED);
+            let forms = allocation.as_ref().filter(|_| precision.is_mixed());
             let forms = forms.and_then(|it| it.forms.get(&component.file)).unwrap_or(&all_alike);
             let work = Work { model, settings, forms, ranges, scratch: scratch.path(), file: &component.file };
             let done = (precision.write)(work)?;
@@ -370,7 +377,7 @@ fn check(bundle: &Bundle, request: &PrecisionRequest<'_>) -> Result<()> {
 }
 
 fn check_budget(budget: BudgetRequest, precisions: &[&PrecisionRow], has_data: bool) -> Result<()> {
-    if !precisions.iter().any(|row| row.name == MIXED) {
+    if !precisions.iter().any(|row| row.is_mixed()) {
         return Err(Error::invalid("`--precision`", format!("has no `{MIXED}`, whose parts are measured and chosen"))
             .remedy("add int4, or leave `--sensitivity`, `--target-size` and `--max-kl` out"));
     }
@@ -379,13 +386,7 @@ fn check_budget(budget: BudgetRequest, precisions: &[&PrecisionRow], has_data: b
             Error::invalid("the sensitivity", "needs calibration data").remedy("give conversations with `--data`")
         );
     }
-    match budget.max_kl {
-        Some(most) if !(most > 0.0 && most.is_finite()) => {
-            Err(Error::invalid("`--max-kl`", format!("is {most}, expected nats above 0"))
-                .remedy("give 0.01, for instance"))
-        }
-        _ => Ok(()),
-    }
+    budget.check("`--max-kl`")
 }
 
 /// Operators of quantised graphs, as prefixes of their names.

@@ -24,6 +24,19 @@ pub struct BudgetRequest {
     pub max_kl: Option<f64>,
 }
 
+impl BudgetRequest {
+    /// Errors: `Error::Invalid` for a divergence that is not above 0, which its setting has this name for.
+    pub fn check(&self, max_kl: &str) -> Result<()> {
+        match self.max_kl {
+            Some(most) if !(most > 0.0 && most.is_finite()) => {
+                Err(Error::invalid(max_kl, format!("is {most}, expected nats above 0"))
+                    .remedy("give 0.01, for instance"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The forms of every graph's weights, by the component's file.
 pub(super) struct Allocation {
     pub forms: BTreeMap<String, WeightForms>,

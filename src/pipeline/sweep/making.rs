@@ -84,7 +84,7 @@ pub struct Maker<'a> {
 impl Maker<'_> {
     /// Errors: `Error::Interrupted` on Ctrl-C.
     pub fn check_cancel(&self) -> Result<()> {
-        self.stages.cancel.check("the table has the finished rows; the same call continues after them")
+        self.stages.cancel.check("the table has the finished rows")
     }
 
     /// Every model.

@@ -75,6 +75,10 @@ pub fn sweep(
     on_step: &mut dyn FnMut(&str),
 ) -> Result<SweepResult> {
     let folder = output.unwrap_or(&sweep.output);
+    sweep_in(sweep, folder, cancel, on_step).map_err(|error| error.kept_in(folder))
+}
+
+fn sweep_in(sweep: &Sweep, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<SweepResult> {
     let (part, _) = parts(sweep.finetune.held_back)?;
     check_there(&sweep.eval.benchmarks, &sweep.eval.other)?;
     let model = model_on_disk(&sweep.model, &Variants::default(), cancel)?;

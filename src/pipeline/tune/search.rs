@@ -82,15 +82,7 @@ struct Search<'t, 'a> {
 /// folder is of another model or another process works in it, or, without an output, lacks measurements; those of the
 /// steps. On an error the output does not exist.
 pub fn tune(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<TuneReport> {
-    tuned(tune, healer, cancel, on_step).map_err(|error| match error {
-        Error::Interrupted { .. } => {
-            let work = tune.work.display();
-            Error::Interrupted {
-                kept: format!("finished steps are in `{work}`, and the same call continues after them"),
-            }
-        }
-        error => error,
-    })
+    tuned(tune, healer, cancel, on_step).map_err(|error| error.kept_in(tune.work))
 }
 
 fn tuned(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<TuneReport> {

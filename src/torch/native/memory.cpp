@@ -2,28 +2,11 @@
 // free it with `interlace_text_free`.
 
 #include <cstdint>
-#include <cstring>
-#include <exception>
 
 #include <ATen/DeviceAccelerator.h>
 #include <torch/types.h>
 
-namespace {
-
-template <typename F>
-bool caught(char** error, F work) {
-  try {
-    work();
-    return true;
-  } catch (const std::exception& e) {
-    *error = strdup(e.what());
-  } catch (...) {
-    *error = strdup("an exception of unknown kind");
-  }
-  return false;
-}
-
-}  // namespace
+#include "caught.h"
 
 extern "C" {
 
