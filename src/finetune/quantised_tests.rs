@@ -300,7 +300,7 @@ fn plans_count_packed_bytes() {
         let packed = quantised(form);
         let mut cut = Cut::new(&packed, &[LAYER]).unwrap();
         cut.adapt(Lora { rank: 4, alpha: 4.0, seed: 0 }, &[]).unwrap();
-        let sizes = Sizes::of(&cut, &cut.suffix().unwrap(), 4);
+        let sizes = Sizes::of(&cut, &cut.suffix().unwrap(), 4, Precision::F32);
         // Two layers and the head; tables and constants are the rest.
         let numbers = 2 * (2 * 160 * 160 + 2 * 160 * 80 + 3 * 160 * 256) + 160 * VOCABULARY as u64;
         let (bytes, widened) = (numbers / if form.starts_with("int4") { 2 } else { 1 }, 4 * numbers);
@@ -314,7 +314,7 @@ fn plans_count_packed_bytes() {
         assert_eq!(sizes.hidden_size, 160);
         let mut cut = Cut::new(&packed, &[LAYER]).unwrap();
         cut.expand_trained().unwrap();
-        let sizes = Sizes::of(&cut, &cut.suffix().unwrap(), 4);
+        let sizes = Sizes::of(&cut, &cut.suffix().unwrap(), 4, Precision::F32);
         assert_eq!(sizes.trained_elements(), one + 2 * 160, "{form}");
     }
 }

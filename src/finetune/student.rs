@@ -5,14 +5,12 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::ir::{Dim, ValueId};
-use crate::prompt::Array;
+use crate::ir::ValueId;
 use crate::rewrite::fuse_kernels;
-use crate::runtime::{Input, InputKind, Training};
 use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Cut, Suffix, inputs_of};
-use crate::finetune::data::TrainingBatch;
+use crate::finetune::data::{Feeds, TrainingBatch};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{ComparedPoints, Compute, LossKind};
 use crate::finetune::settings::Precision;
@@ -25,7 +23,7 @@ pub struct Student {
     suffix: Suffix,
     /// Type of the residual stream, and with it of the activations, where that is not f32.
     stream_kind: Option<Kind>,
-    inputs: Vec<(ValueId, Input)>,
+    feeds: Feeds,
     /// For each layer, the positions in `weights()` of the parameters that it reads.
     by_layer: Vec<Vec<usize>>,
     /// Points of the residual stream with targets, counted in layers from the first trained one, in the order of the
@@ -61,7 +59,7 @@ impl Student {
             hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
-        let inputs = inputs_of(graph, &suffix)?;
+        let feeds = Feeds::new(inputs_of(graph, &suffix)?, suffix.reads_tokens, |id| program.reads_on_host(id));
         let by_layer = suffix
             .trained
             .iter()
@@ -73,7 +71,7 @@ impl Student {
             trained,
             suffix,
             stream_kind,
-            inputs,
+            feeds,
             by_layer,
             points: Vec::new(),
             anchor_points: Vec::new(),
@@ -95,6 +93,11 @@ impl Student {
     /// Device of the weights.
     pub fn device(&self) -> Device {
         self.program.device()
+    }
+
+    /// Inputs of the graph that a batch brings.
+    pub fn feeds(&self) -> &Feeds {
+        &self.feeds
     }
 
     /// The trained weights, which are the leaves of the gradient.
@@ -207,9 +210,9 @@ impl Student {
     ///
     /// Errors: `Error::Invalid` when an operator rejects its inputs.
     pub fn side(&self, batch: &TrainingBatch) -> Result<SideTensors> {
-        let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
-        for (id, input) in &self.inputs {
-            given.push((*id, feed(input, batch, self.suffix.reads_tokens)?));
+        let mut given = Vec::with_capacity(batch.inputs.len() + self.suffix.side.len());
+        for (id, feed) in &batch.inputs {
+            given.push((*id, feed.tensor(self.device())?));
         }
         // Some of these values take their length from the first stream, which is an input of the program.
         let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();
@@ -218,7 +221,7 @@ impl Student {
         }
         let values = tch::no_grad(|| self.program.run(&fed, &self.suffix.side))?;
         given.extend(self.suffix.side.iter().copied().zip(values));
-        // Lengths that every layer reads on the host are copied there once.
+        // Computed lengths that every layer reads on the host are copied there once.
         for (id, tensor) in &mut given {
             if self.program.reads_on_host(*id) && tensor.device() != Device::Cpu {
                 *tensor =
@@ -279,7 +282,7 @@ impl Student {
         let all = self.run(from, value, at, side)?;
         let size = all.size();
         let places: i64 = size.iter().rev().skip(1).product();
-        if (batch.step.batch() * batch.step.time()) as i64 != places {
+        if batch.places() != places {
             let problem = format!("`{}` has shape {size:?}, one row per token was expected", self.program.name(at));
             return Err(Error::unsupported("the decoder's head", problem));
         }
@@ -320,57 +323,5 @@ impl Student {
             let names: Vec<&str> = wanted.iter().map(|&id| self.program.name(id)).collect();
             Error::invalid(format!("value `{}`", names.join("`, `")), "was not computed")
         })
-    }
-}
-
-/// The tensor of one graph input.
-fn feed(input: &Input, batch: &TrainingBatch, reads_tokens: bool) -> Result<Tensor> {
-    let failed = torch_error(format!("input `{}`", input.port.name));
-    let kind = torch::kind_of(input.port.dtype).unwrap_or(Kind::Float);
-    let device = batch.hidden.device();
-    match input.row.training {
-        Training::ShapeOnly if !reads_tokens => shape_only(input, batch, (kind, device)).map_err(failed),
-        Training::Empty => {
-            let rank = input.port.rank();
-            let rows = batch.step.batch() as i64;
-            let sizes = input.port.shape.iter().enumerate().map(|(axis, dim)| past_size(dim, axis, rank, rows));
-            Tensor::f_zeros(sizes.collect::<Vec<i64>>(), (kind, device)).map_err(failed)
-        }
-        Training::ShapeOnly | Training::Fed => {
-            // Flags select the nodes that run, and are read on the host.
-            let flag = matches!(input.kind(), InputKind::UseCacheBranch | InputKind::LogitsToKeep);
-            let device = if flag { Device::Cpu } else { device };
-            tensor_of(input.make(&batch.step)?, kind, device).map_err(failed)
-        }
-    }
-}
-
-/// Zeros in place of token ids `[B, T]` or embeddings `[B, T, D]`. They take the memory of one element.
-fn shape_only(input: &Input, batch: &TrainingBatch, options: (Kind, Device)) -> Result<Tensor, tch::TchError> {
-    let (rows, time) = (batch.step.batch() as i64, batch.step.time() as i64);
-    if input.port.rank() < 3 {
-        return Tensor::f_zeros([1i64, 1], options)?.f_expand([rows, time], false);
-    }
-    let width = input.port.width().map_or(batch.hidden.size()[2], |width| width as i64);
-    Tensor::f_zeros([1i64, 1, 1], options)?.f_expand([rows, time, width], false)
-}
-
-fn tensor_of(array: Array, kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
-    let shape: Vec<i64> = array.shape().iter().map(|&size| size as i64).collect();
-    let tensor = match &array {
-        Array::Float(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<f32>>()),
-        Array::Int(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<i64>>()),
-        Array::Bool(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<bool>>()),
-    };
-    tensor?.f_view(&shape[..])?.f_to_kind(kind)?.f_to_device(device)
-}
-
-/// Size of one axis of an empty cache. Axis 0 is the batch; an open axis 2 of 4 is the sequence, of length 0.
-fn past_size(dim: &Dim, axis: usize, rank: usize, rows: i64) -> i64 {
-    match dim {
-        _ if axis == 0 => rows,
-        Dim::Known(size) => *size,
-        Dim::Symbol(name) if axis != 2 || rank != 4 => name.parse().unwrap_or(0),
-        _ => 0,
     }
 }

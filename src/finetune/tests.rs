@@ -440,6 +440,49 @@ fn recomputed_rows_give_the_same_weights_as_stored_rows() {
     assert!(refused.contains("on disk, and the limit is 0") && refused.contains("--cache-bytes"), "{refused}");
 }
 
+/// A run that computes rows when it needs them keeps those of the fit's samples until the first step, as its plan says.
+#[test]
+fn a_streamed_fit_keeps_the_rows_of_its_plan() {
+    let settings = settings().with(|s| {
+        s.fit.enabled = true;
+        s.stages = Stage::only([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0), (LossKind::Anchor, 0.5)]);
+    });
+    let work = tempfile::tempdir().unwrap();
+    let dense = Bundle::open(&model()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
+    let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
+    let request = Request {
+        bundle: &bundle,
+        layers: &[2, 4],
+        data: &Texts { vocabulary },
+        settings: &settings,
+        device: Device::Cpu,
+        work: work.path(),
+        resume: false,
+        limits: Limits { cache: Some(0), ..Limits::default() },
+        ranks: None,
+        features: &FeatureCache::new(1 << 20),
+    };
+    let teacher = Teacher { bundle: &dense, kept: &KEPT, anchors: &[3, 5] };
+    let plan = plan_run(&request, Some(&teacher)).unwrap();
+    let planned = plan.bytes.iter().find(|item| item.what == "rows of the fit").unwrap().bytes;
+    // The fit takes all samples, so the first step's rows are among them.
+    assert_eq!(plan.fit.as_ref().unwrap().tokens, plan.data.tokens);
+    let _alone = alone();
+    let mut held = None;
+    let outcome = finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |_| {
+        let files = std::fs::read_dir(work.path().join("window")).unwrap();
+        let rows = files.map(|file| file.unwrap()).filter(|file| {
+            let name = file.file_name().to_string_lossy().into_owned();
+            name.ends_with(".f32") || name.ends_with(".bf16")
+        });
+        held.get_or_insert(rows.map(|file| file.metadata().unwrap().len()).sum::<u64>());
+    });
+    outcome.unwrap();
+    assert_eq!(held, Some(planned));
+}
+
 #[test]
 fn bf16_training_follows_f32_and_keeps_its_weights_in_f32() {
     let work = tempfile::tempdir().unwrap();

@@ -303,9 +303,11 @@ impl HealMeter {
         }
         let wanted: Vec<&str> = of_dense.iter().map(String::as_str).collect();
         let nothing = Maps::new();
-        let dense = switched.run(batch, &Pass { removed: &[], maps: &nothing, map: None, restart: None }, &wanted)?;
+        let mut placed = switched.place(batch)?;
+        let whole = Pass { removed: &[], maps: &nothing, map: None, restart: None };
+        let dense = switched.run(&mut placed, &whole, &wanted)?;
         let wanted: Vec<&str> = of_pruned.iter().map(String::as_str).collect();
-        let pruned = switched.run(batch, &Pass { removed, maps, map: None, restart: None }, &wanted)?;
+        let pruned = switched.run(&mut placed, &Pass { removed, maps, map: None, restart: None }, &wanted)?;
         gaps.iter()
             .map(|gap| match gap.start {
                 0 => Ok(None),

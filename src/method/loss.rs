@@ -96,7 +96,8 @@ impl LossMeter {
         let mut sum = 0.0;
         for batch in &self.batches {
             let pass = Pass { removed, maps, map: None, restart: None };
-            sum += sum_of(&self.switched.run(batch, &pass, &[LOSS_OUTPUT])?)?;
+            let mut placed = self.switched.place(batch)?;
+            sum += sum_of(&self.switched.run(&mut placed, &pass, &[LOSS_OUTPUT])?)?;
         }
         Ok(sum / self.answer_tokens as f64)
     }
@@ -135,10 +136,11 @@ impl LossMeter {
         let names: Vec<String> = places.into_iter().map(name).collect();
         let wanted: Vec<&str> = names.iter().map(String::as_str).collect();
         for batch in &self.batches {
+            let mut placed = self.switched.place(batch)?;
             let streams = match self.switched.restarts() && !wanted.is_empty() {
                 true => {
                     let pass = Pass { removed, maps, map: None, restart: None };
-                    Some(self.switched.run(batch, &pass, &wanted)?)
+                    Some(self.switched.streams(&mut placed, &pass, &wanted)?)
                 }
                 false => None,
             };
@@ -150,7 +152,7 @@ impl LossMeter {
                 let without: Vec<usize> = removed.iter().copied().chain([trial.layer]).collect();
                 let map = trial.map.as_ref().map(|(layer, map)| (*layer, map));
                 let pass = Pass { removed: &without, maps, map, restart };
-                *sum += sum_of(&self.switched.run(batch, &pass, &[LOSS_OUTPUT])?)?;
+                *sum += sum_of(&self.switched.run(&mut placed, &pass, &[LOSS_OUTPUT])?)?;
                 progress.advance(1);
             }
         }

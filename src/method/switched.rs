@@ -9,7 +9,7 @@ use crate::rewrite::{
     BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, MapOf, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
     TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
-use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, TensorValue};
+use crate::runtime::{Binding, Decoder, Outputs, Port, Runtime, SessionOptions, TensorValue};
 
 use super::batch::Batch;
 
@@ -96,16 +96,35 @@ impl Switched {
         self.decoder.fixed_batch()
     }
 
-    /// One forward pass, of which the `wanted` outputs are read.
+    /// A batch on the decoder's device, for all passes over it.
+    ///
+    /// Errors: as `Decoder::place`.
+    pub fn place(&self, batch: &Batch) -> Result<Binding> {
+        self.decoder.place(&batch.step, &[(ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)])
+    }
+
+    /// One forward pass over a batch of [`Switched::place`], of which the `wanted` outputs are read.
     ///
     /// Errors: `Error::Engine` when the run fails; `Error::Interrupted` on Ctrl-C.
-    pub fn run(&mut self, batch: &Batch, pass: &Pass, wanted: &[&str]) -> Result<Outputs> {
+    pub fn run(&mut self, batch: &mut Binding, pass: &Pass, wanted: &[&str]) -> Result<Outputs> {
+        self.run_keeping(batch, pass, wanted, false)
+    }
+
+    /// [`Switched::run`] whose outputs are only given to later passes, as the stream from which they run: they remain on
+    /// the decoder's device.
+    ///
+    /// Errors: as `run`.
+    pub fn streams(&mut self, batch: &mut Binding, pass: &Pass, wanted: &[&str]) -> Result<Outputs> {
+        self.run_keeping(batch, pass, wanted, true)
+    }
+
+    fn run_keeping(&mut self, batch: &mut Binding, pass: &Pass, wanted: &[&str], stay: bool) -> Result<Outputs> {
         self.cancel.check("nothing is written")?;
         let begin = pass.restart.map_or(0, |(layer, _)| layer);
         let layers = 0..self.num_layers;
         let keep = layers.clone().map(|layer| layer >= begin && !pass.removed.contains(&layer)).collect();
         let keep = TensorValue::new(&[self.num_layers], keep)?;
-        let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
+        let mut added = vec![(KEEP_INPUT, &keep)];
         let flag = TensorValue::new(&[1], vec![pass.restart.is_some()])?;
         let nothing = match self.decoder.session().input(STREAM_INPUT) {
             Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
@@ -126,7 +145,7 @@ impl Switched {
             let maps = self.maps.iter().enumerate();
             added.extend(maps.map(|(layer, name)| (name.as_str(), map_of(layer).unwrap_or(&no_map))));
         }
-        let outputs = self.decoder.prefill_added(&batch.step, &added, Some(wanted));
+        let outputs = self.decoder.prefill_placed(batch, &added, Some(wanted), |_| stay);
         outputs.map_err(|error| {
             error.during(format!("measuring the loss of `{}` without layers {:?}", self.file, pass.removed))
         })

@@ -4,7 +4,7 @@ use crate::base::{Error, Result, list_preview};
 
 use super::inputs::{Input, InputKind, presents_of, unknown};
 use super::port::Port;
-use super::session::{Outputs, Session};
+use super::session::{Binding, Outputs, Session};
 use super::step::Step;
 use super::tensor::TensorValue;
 
@@ -200,7 +200,7 @@ impl Decoder {
         let length = cache.length + step.time();
         let presents: Vec<&str> = self.slots.iter().map(|slot| slot.present.name.as_str()).collect();
         let feeds = joined(&fresh, &self.slots, &cache);
-        let mut outputs = self.session.run_keeping(&feeds, |name| presents.contains(&name))?;
+        let mut outputs = self.session.run_keeping(&feeds, None, |name| presents.contains(&name))?;
         let tensors = presents.iter().map(|name| outputs.take(name)).collect::<Result<_>>()?;
         Ok((outputs.take(&self.logits)?, KvCache { tensors, length }))
     }
@@ -221,11 +221,34 @@ impl Decoder {
         added: &[(&str, &TensorValue)],
         wanted: Option<&[&str]>,
     ) -> Result<Outputs> {
+        let mut placed = self.place(step, added)?;
+        self.prefill_placed(&mut placed, &[], wanted, |_| false)
+    }
+
+    /// The inputs of a prefill on the decoder's device, for several runs with other values of the inputs that a rewrite
+    /// added. `added`: those of them that stay.
+    ///
+    /// Errors: as `feeds` and `Session::bind`.
+    pub fn place(&self, step: &Step, added: &[(&str, &TensorValue)]) -> Result<Binding> {
         let fresh = self.feeds(step)?;
         let cache = self.empty_cache(step.batch())?;
         let mut feeds = joined(&fresh, &self.slots, &cache);
         feeds.extend_from_slice(added);
-        self.session.run(&feeds, wanted)
+        self.session.bind(&feeds)
+    }
+
+    /// Runs a prefill of [`Decoder::place`] for the `wanted` outputs. Those for which `stay` is true remain on the
+    /// decoder's device, for the next runs.
+    ///
+    /// Errors: as `step`.
+    pub fn prefill_placed(
+        &mut self,
+        placed: &mut Binding,
+        added: &[(&str, &TensorValue)],
+        wanted: Option<&[&str]>,
+        stay: impl Fn(&str) -> bool,
+    ) -> Result<Outputs> {
+        self.session.run_bound(placed, added, wanted, stay)
     }
 
     /// All inputs of a step except the cache and inputs that a rewrite added.

@@ -53,7 +53,7 @@ pub use port::Port;
 pub use positions::multimodal_positions;
 pub use profile::{NetworkTimes, Profile};
 pub use sampling::Sampler;
-pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
+pub use session::{Binding, Optimisation, Outputs, Runtime, Session, SessionOptions};
 pub use step::{Embedded, SideValues, Step};
 pub use tensor::{TensorElement, TensorValue};
 pub use token_pruner::{TokenPruner, check_token_pruning};

@@ -6,11 +6,10 @@ use std::time::Duration;
 use ort::ep;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{OutputSelector, RunOptions};
 use ort::value::{Outlet, ValueType};
 
 use crate::base::{Device, Error, Result, Stopwatch, list_preview};
-use crate::ir::Dim;
+use crate::ir::{DataType, Dim};
 use crate::onnx;
 
 use super::backing::Backing;
@@ -66,6 +65,14 @@ pub struct Session {
     clock: Stopwatch,
     /// Declared after `inner`, so that it is dropped later.
     _backing: Vec<Backing>,
+}
+
+/// Inputs of a session on its device, for one run or several.
+#[derive(Debug)]
+pub struct Binding {
+    inner: ort::session::IoBinding,
+    /// Name and type of each input so far.
+    given: Vec<(String, DataType)>,
 }
 
 /// Named results of a run.
@@ -210,78 +217,92 @@ impl Session {
     /// Errors: `Error::Invalid` when an input is missing, unknown to the graph or of another type, or when the graph
     /// has no such output; `Error::Engine` when the run fails.
     pub fn run(&mut self, feeds: &[(&str, &TensorValue)], wanted: Option<&[&str]>) -> Result<Outputs> {
-        self.check(feeds)?;
-        let values: Vec<(&str, ort::session::SessionInputValue<'_>)> =
-            feeds.iter().map(|(name, tensor)| (*name, ort::session::SessionInputValue::from(tensor.value()))).collect();
+        self.run_keeping(feeds, wanted, |_| false)
+    }
+
+    /// [`Session::run`], after which outputs for which `stay` is true are on the session's device, so that the next call
+    /// can use them without a copy.
+    ///
+    /// Errors: as `run`.
+    pub fn run_keeping(
+        &mut self,
+        feeds: &[(&str, &TensorValue)],
+        wanted: Option<&[&str]>,
+        stay: impl Fn(&str) -> bool,
+    ) -> Result<Outputs> {
+        let mut binding = self.bind(&[])?;
+        self.run_bound(&mut binding, feeds, wanted, stay)
+    }
+
+    /// Copies inputs to the session's device for any number of [`Session::run_bound`]. Tensors that are there already,
+    /// as all are for a session on the CPU, are shared.
+    ///
+    /// Errors: `Error::Engine` when a tensor cannot be copied, or is none of the graph's inputs.
+    pub fn bind(&self, feeds: &[(&str, &TensorValue)]) -> Result<Binding> {
         let failed = |e: ort::Error| Error::engine(ENGINE, self.subject.clone(), e);
+        let inner = self.inner.create_binding().map_err(failed)?;
+        let mut binding = Binding { inner, given: Vec::new() };
+        feeds.iter().try_for_each(|(name, tensor)| binding.add(name, tensor).map_err(failed))?;
+        Ok(binding)
+    }
+
+    /// [`Session::run_keeping`] with the inputs of `binding`, which is of this session, and `feeds`, which stay in it.
+    ///
+    /// Errors: as `run`.
+    pub fn run_bound(
+        &mut self,
+        binding: &mut Binding,
+        feeds: &[(&str, &TensorValue)],
+        wanted: Option<&[&str]>,
+        stay: impl Fn(&str) -> bool,
+    ) -> Result<Outputs> {
+        self.check(binding, feeds)?;
         let names: Vec<&str> = match wanted {
             Some(names) => names.to_vec(),
             None => self.outputs.iter().map(|port| port.name.as_str()).collect(),
         };
-        for name in &names {
-            if !self.outputs.iter().any(|port| port.name == *name) {
-                return Err(Error::invalid(self.subject.clone(), format!("has no output `{name}`")));
-            }
+        if let Some(name) = names.iter().find(|name| self.outputs.iter().all(|port| port.name != **name)) {
+            return Err(Error::invalid(self.subject.clone(), format!("has no output `{name}`")));
         }
-        let mut selector = OutputSelector::no_default();
-        for name in &names {
-            selector = selector.with(*name);
-        }
-        let options = RunOptions::new().map_err(failed)?.with_outputs(selector);
-        let mut outputs = self.clock.time(|| self.inner.run_with_options(values, &options)).map_err(failed)?;
-        let tensors = names
-            .iter()
-            .map(|name| match outputs.remove(*name) {
-                Some(value) => Ok((name.to_string(), TensorValue::from_value(value)?)),
-                None => Err(Error::engine(ENGINE, self.subject.clone(), format!("it gave no output `{name}`"))),
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Outputs { subject: self.subject.clone(), tensors })
-    }
-
-    /// Runs the graph for all outputs. Outputs for which `stay` is true remain on the session's device, so that the
-    /// next call can use them without a copy. On the CPU this equals `run`.
-    ///
-    /// Errors: as `run`.
-    pub fn run_keeping(&mut self, feeds: &[(&str, &TensorValue)], stay: impl Fn(&str) -> bool) -> Result<Outputs> {
-        let Device::Cuda(index) = self.device else {
-            return self.run(feeds, None);
-        };
-        self.check(feeds)?;
-        let subject = self.subject.clone();
-        let failed = |e: ort::Error| Error::engine(ENGINE, subject.clone(), e);
-        let on_device =
-            MemoryInfo::new(AllocationDevice::CUDA, index as i32, AllocatorType::Device, MemoryType::Default)
-                .map_err(failed)?;
+        let failed = |e: ort::Error| Error::engine(ENGINE, self.subject.clone(), e);
         let on_cpu =
             MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput).map_err(failed)?;
-        let mut binding = self.inner.create_binding().map_err(failed)?;
-        for (name, tensor) in feeds {
-            binding.bind_input(*name, tensor.value()).map_err(failed)?;
-        }
-        for port in &self.outputs {
-            let place = if stay(&port.name) { &on_device } else { &on_cpu };
-            binding.bind_output_to_device(port.name.as_str(), place).map_err(failed)?;
-        }
-        let mut outputs = self.clock.time(|| self.inner.run_binding(&binding)).map_err(failed)?;
-        let tensors = self
-            .outputs
-            .iter()
-            .map(|port| match outputs.remove(port.name.as_str()) {
-                Some(value) => Ok((port.name.clone(), TensorValue::from_value(value)?)),
-                None => Err(Error::engine(ENGINE, subject.clone(), format!("it gave no output `{}`", port.name))),
+        let on_device = match self.device {
+            Device::Cpu => None,
+            Device::Cuda(index) => {
+                let (cuda, kind) = (AllocationDevice::CUDA, AllocatorType::Device);
+                Some(MemoryInfo::new(cuda, index as i32, kind, MemoryType::Default).map_err(failed)?)
+            }
+        };
+        let bind = || -> ort::Result<()> {
+            feeds.iter().try_for_each(|(name, tensor)| binding.add(name, tensor))?;
+            // The results of an earlier run would be taken for memory to write to.
+            binding.inner.clear_outputs();
+            names.iter().try_for_each(|name| {
+                let place = on_device.as_ref().filter(|_| stay(name)).unwrap_or(&on_cpu);
+                binding.inner.bind_output_to_device(*name, place)
             })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Outputs { subject: subject.clone(), tensors })
+        };
+        self.clock.time(bind).map_err(failed)?;
+        let mut outputs = self.clock.time(|| self.inner.run_binding(&binding.inner)).map_err(failed)?;
+        let tensors = names.iter().map(|name| match outputs.remove(*name) {
+            Some(value) => Ok((name.to_string(), TensorValue::from_value(value)?)),
+            None => Err(Error::engine(ENGINE, self.subject.clone(), format!("it gave no output `{name}`"))),
+        });
+        Ok(Outputs { subject: self.subject.clone(), tensors: tensors.collect::<Result<_>>()? })
     }
 
-    fn check(&self, feeds: &[(&str, &TensorValue)]) -> Result<()> {
+    fn check(&self, binding: &Binding, feeds: &[(&str, &TensorValue)]) -> Result<()> {
+        let mut given: Vec<(&str, DataType)> = Vec::with_capacity(binding.given.len() + feeds.len());
+        for (name, tensor) in feeds {
+            given.push((name, tensor.dtype()?));
+        }
+        given.extend(binding.given.iter().map(|(name, dtype)| (name.as_str(), *dtype)));
         for port in &self.inputs {
-            let Some((_, tensor)) = feeds.iter().find(|(name, _)| *name == port.name) else {
+            let Some((_, dtype)) = given.iter().find(|(name, _)| *name == port.name) else {
                 return Err(Error::invalid(self.subject.clone(), format!("input `{}` was not given", port.name)));
             };
-            let dtype = tensor.dtype()?;
-            if dtype != port.dtype {
+            if *dtype != port.dtype {
                 return Err(Error::invalid(
                     self.subject.clone(),
                     format!("input `{}` takes {}, got {dtype}", port.name, port.dtype),
@@ -290,7 +311,7 @@ impl Session {
         }
         // An input with a default value may be given or left out.
         let optional = |name: &str| self.inner.overridable_initializers().iter().any(|known| known.name() == name);
-        match feeds.iter().find(|(name, _)| self.input(name).is_none() && !optional(name)) {
+        match given.iter().find(|(name, _)| self.input(name).is_none() && !optional(name)) {
             Some((name, _)) => {
                 let known: Vec<&str> = self.inputs.iter().map(|port| port.name.as_str()).collect();
                 Err(Error::invalid(
@@ -300,6 +321,18 @@ impl Session {
             }
             None => Ok(()),
         }
+    }
+}
+
+impl Binding {
+    /// Copies an input to the session's device, in place of the earlier one of this name.
+    fn add(&mut self, name: &str, tensor: &TensorValue) -> ort::Result<()> {
+        self.inner.bind_input(name, tensor.value())?;
+        self.given.retain(|(known, _)| known != name);
+        if let Ok(dtype) = tensor.dtype() {
+            self.given.push((name.to_string(), dtype));
+        }
+        Ok(())
     }
 }
 
@@ -382,6 +415,46 @@ mod tests {
                 assert!(error.contains("device `cuda:0`: ") && remedy, "{error}");
             }
         }
+    }
+
+    /// What a GPU runs, on the CPU: inputs that stay bound and outputs that stay on the device give the numbers of
+    /// ONNX Runtime's plain call, in every run.
+    #[test]
+    fn bound_runs_equal_plain_ones_to_the_bit() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/embed_tokens.onnx");
+        let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+        let mut session = runtime.session(&path, &SessionOptions::default()).expect("a session");
+        let ids = |ids: &[i64]| TensorValue::new(&[1, ids.len()], ids.to_vec()).expect("ids");
+        let (first, second) = (ids(&[5, 6, 7]), ids(&[9, 8, 7, 6]));
+        let plain = |session: &mut Session, ids: &TensorValue| {
+            let feeds = vec![("input_ids", ort::session::SessionInputValue::from(ids.value()))];
+            let mut outputs = session.inner.run(feeds).expect("a plain run");
+            let value = TensorValue::from_value(outputs.remove("inputs_embeds").expect("an output")).expect("a tensor");
+            (value.shape(), value.to_f32().expect("numbers").to_vec())
+        };
+        let numbers = |outputs: Outputs| {
+            let value = outputs.get("inputs_embeds").expect("an output");
+            (value.shape(), value.to_f32().expect("numbers").to_vec())
+        };
+        let expected = [plain(&mut session, &first), plain(&mut session, &second)];
+        assert_ne!(expected[0], expected[1]);
+        let mut bound = session.bind(&[("input_ids", &first)]).expect("a binding");
+        for _ in 0..2 {
+            let outputs = session.run_bound(&mut bound, &[], None, |_| true).expect("a run");
+            assert_eq!(numbers(outputs), expected[0]);
+        }
+        // Another shape in place of the bound input, which stays.
+        for feeds in [&[("input_ids", &second)][..], &[]] {
+            let outputs = session.run_bound(&mut bound, feeds, Some(&["inputs_embeds"]), |_| false).expect("a run");
+            assert_eq!(numbers(outputs), expected[1]);
+        }
+        assert_eq!(numbers(session.run(&[("input_ids", &first)], None).expect("a run")), expected[0]);
+        let mut empty = session.bind(&[]).expect("a binding");
+        let error = session.run_bound(&mut empty, &[], None, |_| false).expect_err("no input").to_string();
+        assert!(error.contains("input `input_ids` was not given"), "{error}");
+        let wrong = TensorValue::new(&[1], vec![1.0f32]).expect("a tensor");
+        let error = session.run(&[("input_ids", &wrong)], None).expect_err("another type").to_string();
+        assert!(error.contains("takes int64, got float32"), "{error}");
     }
 
     #[test]

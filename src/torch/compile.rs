@@ -13,6 +13,7 @@ use super::attributes::Attributes;
 use super::convert::{computed_kind, constant_from_ir, kind_of};
 use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
 use super::operator::Operator;
+use super::precision::mixed;
 use super::step::{CompiledNode, Slot};
 use super::sub_graph::{CompiledSubGraph, Declared, Ports};
 use super::table::find_operator;
@@ -233,6 +234,10 @@ impl<'m> Compiler<'m> {
                 if !unread.is_empty() {
                     self.unread.push(format!("{label}: attribute `{}` is not known", unread.join("`, `")));
                 }
+                let kernel = match autocast {
+                    Some(low) => mixed(row, node, kernel, low),
+                    None => kernel,
+                };
                 Ok(Some(CompiledNode { label, row, kernel, inputs, outputs }))
             }
             Err(OpError(reason)) => {

@@ -31,6 +31,7 @@ mod memory;
 mod op_error;
 mod operator;
 mod ops;
+mod precision;
 mod products;
 mod program;
 mod ranks;
@@ -44,6 +45,7 @@ pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir}
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
 pub use memory::{free_gpu_memory, peak_gpu_memory, pinned, release_cached};
 pub use operator::Operator;
+pub use precision::MixedPrecision;
 pub use program::{Options, Parameter, Program};
 pub use ranks::Ranks;
 pub use table::{find_operator, operators, support_table};

@@ -20,6 +20,10 @@ pub struct Operator {
     pub(super) shape_only: bool,
     /// True when inputs 0 and 1 are converted to the autocast kind, if there is one.
     pub(super) lowers: bool,
+    /// True when operands in the autocast kind are read in f32; the results are in f32 then.
+    pub(super) widens: bool,
+    /// True when the results have the autocast kind where an operand has it.
+    pub(super) rounds: bool,
     /// True when the output needs more memory than the input: quantised weights as floats.
     pub(super) expands: bool,
     pub(super) build: fn(&mut Build) -> OpResult<Kernel>,
@@ -32,9 +36,20 @@ impl Operator {
         since: i64,
         build: fn(&mut Build) -> OpResult<Kernel>,
     ) -> Self {
-        let until = if domain.is_empty() { LATEST_OPSET } else { 1 };
-        let (differentiable, host_inputs, shape_only, lowers, expands) = (false, 0, false, false, false);
-        Operator { domain, op_type, since, until, differentiable, host_inputs, shape_only, lowers, expands, build }
+        Operator {
+            domain,
+            op_type,
+            since,
+            until: if domain.is_empty() { LATEST_OPSET } else { 1 },
+            differentiable: false,
+            host_inputs: 0,
+            shape_only: false,
+            lowers: false,
+            widens: false,
+            rounds: false,
+            expands: false,
+            build,
+        }
     }
 
     pub(super) const fn until(mut self, version: i64) -> Self {
@@ -59,6 +74,16 @@ impl Operator {
 
     pub(super) const fn lowers(mut self) -> Self {
         self.lowers = true;
+        self
+    }
+
+    pub(super) const fn widens(mut self) -> Self {
+        self.widens = true;
+        self
+    }
+
+    pub(super) const fn rounds(mut self) -> Self {
+        self.rounds = true;
         self
     }
 

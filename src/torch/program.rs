@@ -33,7 +33,8 @@ pub struct Options {
     /// The values that runs compute; `None` for the graph's outputs. Nodes on which none of them depends are not
     /// compiled. When `inputs` and `outputs` are both `None`, every node is compiled and must be supported.
     pub outputs: Option<Vec<ValueId>>,
-    /// Kind of matrix products (such as bf16); all other operations use the kinds of the tensors.
+    /// Kind of matrix products (such as bf16), and of what is computed from a stream that enters in it, but for powers,
+    /// roots and sums, which are computed in f32. With a stream in f32 all but the products are.
     pub autocast: Option<Kind>,
     /// Storage of frozen weights.
     pub hold: Hold,

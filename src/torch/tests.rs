@@ -2,6 +2,8 @@
 
 #[path = "control_tests.rs"]
 mod control;
+#[path = "precision_tests.rs"]
+mod precision;
 
 use tch::{Kind, Tensor};
 

@@ -116,7 +116,17 @@ pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device, hold: Hold
         Some(shared) => shared,
         None => tensor_from_ir(name, tensor)?,
     };
-    let host = if hold == Hold::Stored { host } else { computed(name, host)? };
+    let host = match hold {
+        Hold::Stored => host,
+        Hold::Widened => {
+            let wide = computed(name, host.shallow_clone())?;
+            if wide.data_ptr() != host.data_ptr() {
+                // The copy takes the place of what is in the file.
+                tensor.release();
+            }
+            wide
+        }
+    };
     let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
     if device == Device::Cpu || host.numel() <= small {
         return Ok(host);

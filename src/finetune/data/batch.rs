@@ -9,10 +9,12 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::runtime::{Embedded, SideValues, Step};
 
+use super::feeds::{Feed, Feeds};
 use super::rows::RowsFile;
 use crate::finetune::cut::SideWidths;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
+use crate::ir::ValueId;
 
 /// A training sample without its stored rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -179,14 +181,14 @@ pub fn total_tokens(examples: &[Example]) -> u64 {
     examples.iter().map(|example| example.length as u64).sum()
 }
 
-/// A batch on a device: `B` samples, `T` tokens in the longest, `D` the hidden size, `N` answer tokens, `M` tokens
+/// A batch in host memory or on a device: `B` samples, `T` tokens in the longest, `D` the hidden size, `N` answer tokens, `M` tokens
 /// without padding.
 #[derive(Debug)]
 pub struct TrainingBatch {
     /// f32 `[B, T, D]`, 0 at padding.
     pub hidden: Tensor,
-    /// Source of the graph's inputs: masks, positions and side values.
-    pub step: Step,
+    /// Inputs of the graph besides the stream: masks, positions and side values.
+    pub inputs: Vec<(ValueId, Feed)>,
     /// i64 `[N]`: indices into `[B * T]` of the positions that predict an answer token.
     pub answer_rows: Tensor,
     /// i64 `[N]`: answer token ids.
@@ -275,12 +277,13 @@ impl TrainingSet {
         self.examples.iter().map(|example| example.length).collect()
     }
 
-    /// The batch of these samples, with the targets that [`TrainingSet::want`] selects.
+    /// The batch of these samples in host memory, with the graph inputs `feeds` and the targets that
+    /// [`TrainingSet::want`] selects.
     ///
-    /// Errors: `Error::Io` when rows cannot be read; `Error::Invalid` when rows are not loaded; `Error::Engine` when
-    /// LibTorch cannot create the tensors.
-    pub fn batch(&self, samples: &[usize], device: Device) -> Result<TrainingBatch> {
-        self.batch_with(samples, self.wanted.clone(), true, device)
+    /// Errors: `Error::Io` when rows cannot be read; `Error::Invalid` when rows are not loaded, or samples lack data for an
+    /// input; `Error::Engine` when LibTorch cannot create the tensors.
+    pub fn batch(&self, samples: &[usize], feeds: &Feeds) -> Result<TrainingBatch> {
+        self.batch_with(samples, feeds, self.wanted.clone(), true)
     }
 
     /// The batch of these samples, with the dense model's stream after the layers `wanted` (None for all), and with its
@@ -290,15 +293,15 @@ impl TrainingSet {
     pub fn batch_with(
         &self,
         samples: &[usize],
+        feeds: &Feeds,
         wanted: Option<Range<usize>>,
         answers: bool,
-        device: Device,
     ) -> Result<TrainingBatch> {
         if let Some(window) = &self.window {
             let place = |sample: &usize| window.places.get(sample).copied();
             let places: Option<Vec<usize>> = samples.iter().map(place).collect();
             let places = places.ok_or_else(|| Error::invalid("a batch", "has a sample whose rows are not at hand"))?;
-            return window.set.batch_with(&places, wanted, answers, device);
+            return window.set.batch_with(&places, feeds, wanted, answers);
         }
         let stream = self.stream.as_ref().ok_or_else(|| Error::invalid("a batch", "has no rows at hand"))?;
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
@@ -317,18 +320,18 @@ impl TrainingSet {
             let first = (row * time) as i64;
             real_rows.extend(first..first + example.length as i64);
         }
-        let step = self.step(samples)?;
-        let streams = self.streams(samples, wanted.as_ref(), device)?;
-        let top_k = if answers { self.top_k(samples, device)? } else { None };
+        let inputs = feeds.of(&self.step(samples)?, width)?;
+        let streams = self.streams(samples, wanted.as_ref())?;
+        let top_k = if answers { self.top_k(samples)? } else { None };
         let make = move || -> Result<TrainingBatch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             Ok(TrainingBatch {
-                hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?.f_to_device(device)?,
-                step,
-                answer_rows: Tensor::f_from_slice(&answer_rows)?.f_to_device(device)?,
+                hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?,
+                inputs,
+                answer_rows: Tensor::f_from_slice(&answer_rows)?,
                 answer_tokens: targets.len() as u64,
-                targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
-                real_rows: Tensor::f_from_slice(&real_rows)?.f_to_device(device)?,
+                targets: Tensor::f_from_slice(&targets)?,
+                real_rows: Tensor::f_from_slice(&real_rows)?,
                 streams,
                 top_k,
             })
@@ -336,12 +339,7 @@ impl TrainingSet {
         make().map_err(torch_error("a batch"))
     }
 
-    fn streams(
-        &self,
-        samples: &[usize],
-        wanted: Option<&Range<usize>>,
-        device: Device,
-    ) -> Result<BTreeMap<usize, Tensor>> {
+    fn streams(&self, samples: &[usize], wanted: Option<&Range<usize>>) -> Result<BTreeMap<usize, Tensor>> {
         let wanted = |point: usize| wanted.is_none_or(|layers| layers.contains(&(point - 1)));
         let mut streams = BTreeMap::new();
         for StreamTarget { rows, point } in self.targets.streams.iter().filter(|target| wanted(target.point)) {
@@ -349,13 +347,12 @@ impl TrainingSet {
             for &sample in samples {
                 rows.read(self.starts[sample], self.examples[sample].length, &mut bytes)?;
             }
-            let tensor = matrix(&bytes, rows).and_then(|matrix| matrix.f_to_device(device));
-            streams.insert(*point, tensor.map_err(torch_error("the dense model's stream"))?);
+            streams.insert(*point, matrix(&bytes, rows).map_err(torch_error("the dense model's stream"))?);
         }
         Ok(streams)
     }
 
-    fn top_k(&self, samples: &[usize], device: Device) -> Result<Option<TopK>> {
+    fn top_k(&self, samples: &[usize]) -> Result<Option<TopK>> {
         let Some(rows) = &self.targets.answers else { return Ok(None) };
         let mut bytes = Vec::new();
         for &sample in samples {
@@ -363,8 +360,9 @@ impl TrainingSet {
         }
         let k = rows.width() as i64 / 2;
         let tensors = || -> Result<TopK, tch::TchError> {
-            let all = matrix(&bytes, rows)?.f_to_device(device)?;
-            let (log_probs, tokens) = (all.f_narrow(1, 0, k)?, all.f_narrow(1, k, k)?);
+            let all = matrix(&bytes, rows)?;
+            // Each in one piece: a copy of a part of rows to a GPU would wait for a copy on the host.
+            let (log_probs, tokens) = (all.f_narrow(1, 0, k)?.f_contiguous()?, all.f_narrow(1, k, k)?);
             Ok(TopK { log_probs, tokens: tokens.f_to_kind(Kind::Int64)? })
         };
         tensors().map(Some).map_err(torch_error("the dense model's answers"))
@@ -401,6 +399,11 @@ impl TrainingSet {
 }
 
 impl TrainingBatch {
+    /// Rows of the padded stream: `B * T`.
+    pub fn places(&self) -> i64 {
+        self.hidden.size().iter().take(2).product()
+    }
+
     /// The batch in pinned host memory, so that a copy to the GPU can be asynchronous.
     ///
     /// Errors: `Error::Engine` when LibTorch has no GPU.
@@ -425,9 +428,11 @@ impl TrainingBatch {
             Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
             None => None,
         };
+        let inputs = self.inputs.into_iter().map(|(id, feed)| Ok((id, feed.moved(&place)?)));
+        let inputs = inputs.collect::<Result<_>>()?;
         Ok(TrainingBatch {
             hidden: place(&self.hidden)?,
-            step: self.step,
+            inputs,
             answer_rows: place(&self.answer_rows)?,
             targets: place(&self.targets)?,
             answer_tokens: self.answer_tokens,
@@ -483,19 +488,20 @@ mod tests {
     #[test]
     fn shorter_samples_are_padded_on_the_right() {
         let folder = tempfile::tempdir().unwrap();
-        let batch = training_set(folder.path()).batch(&[1, 0], Device::Cpu).unwrap();
+        let batch = training_set(folder.path()).batch(&[1, 0], &Feeds::default()).unwrap();
         assert_eq!(batch.hidden.size(), [2, 4, 2]);
         let batch = batch.to(Device::Cpu).unwrap();
         let hidden: Vec<f32> = Vec::try_from(batch.hidden.flatten(0, -1)).unwrap();
         assert_eq!(hidden, [9.0, 10.0, 11.0, 12.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let ints = |tensor: &Tensor| Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap();
-        assert_eq!((batch.step.batch(), batch.step.time()), (2, 4));
+        assert_eq!(batch.places(), 8);
         assert_eq!(ints(&batch.answer_rows), [0, 5, 6]);
         assert_eq!(ints(&batch.targets), [6, 7, 8]);
         assert_eq!(batch.answer_tokens, 3);
     }
 
-    /// Pinning and moving keep every tensor of a batch; without a GPU, pinning is an error and not a copy.
+    /// Pinning and moving keep every tensor of a batch, those of the graph's inputs too, each in one piece; without a GPU,
+    /// pinning is an error and not a copy.
     #[test]
     fn a_moved_batch_has_the_same_tensors() {
         let folder = tempfile::tempdir().unwrap();
@@ -507,19 +513,42 @@ mod tests {
         };
         set.targets.streams.push(StreamTarget { rows: rows("streams", RowDtype::Bf16, 2, 6), point: 1 });
         set.targets.answers = Some(rows("answers", RowDtype::F32, 4, 3));
-        let made = || set.batch(&[1, 0], Device::Cpu).unwrap();
+        set.side = Some((
+            SideWidths { levels: 1, level_width: 2, ..SideWidths::default() },
+            rows("side", RowDtype::F32, 2, 6),
+        ));
+        let image = SideValues { image: vec![false, true, true, false], ..SideValues::default() };
+        set.examples[0].keep(None, &image);
+        let feeds = Feeds::of_names(&["attention_mask", "position_ids", "deepstack_features_5", "use_cache_branch"]);
+        let made = || set.batch(&[1, 0], &feeds).unwrap();
         let tensors = |batch: &TrainingBatch| {
             let TopK { log_probs, tokens } = batch.top_k.as_ref().unwrap();
             let all = [&batch.hidden, &batch.answer_rows, &batch.targets, &batch.real_rows, log_probs, tokens];
-            all.into_iter().chain(batch.streams.values()).map(Tensor::shallow_clone).collect::<Vec<_>>()
+            let inputs = batch.inputs.iter().map(|(_, feed)| feed.tensor(Device::Cpu).unwrap());
+            all.into_iter().chain(batch.streams.values()).map(Tensor::shallow_clone).chain(inputs).collect::<Vec<_>>()
         };
         let before = tensors(&made());
+        assert_eq!(before.len(), 7 + 4);
+        assert!(before.iter().all(Tensor::is_contiguous));
+        let deepstack: Vec<f32> = Vec::try_from(before[9].flatten(0, -1)).unwrap();
+        assert_eq!(deepstack, [0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 0.0, 0.0].as_slice()[2..6]);
         let equal = |batch: &TrainingBatch| {
             assert!(before.iter().zip(tensors(batch)).all(|(a, b)| a.kind() == b.kind() && a.equal(&b)));
-            assert_eq!((batch.step.batch(), batch.step.time(), batch.answer_tokens), (2, 4, 3));
+            assert_eq!((batch.places(), batch.answer_tokens), (8, 3));
         };
         equal(&made().to(Device::Cpu).unwrap());
-        equal(&made().moved(|tensor| Ok(tensor.copy())).unwrap());
+        // Everything moves but the flag, which is read on the host.
+        let places = std::cell::RefCell::new(Vec::new());
+        let copied = made().moved(|tensor| {
+            let copy = tensor.copy();
+            places.borrow_mut().push(copy.data_ptr());
+            Ok(copy)
+        });
+        let copied = copied.unwrap();
+        equal(&copied);
+        let found = tensors(&copied).iter().map(Tensor::data_ptr).collect::<Vec<_>>();
+        let (flag, moved) = found.split_last().unwrap();
+        assert!(moved.iter().all(|place| places.borrow().contains(place)) && !places.borrow().contains(flag));
         match crate::torch::cuda_device(0) {
             Ok(_) => equal(&made().pinned().unwrap()),
             Err(_) => assert!(matches!(made().pinned().unwrap_err(), Error::Engine { .. })),
@@ -537,8 +566,8 @@ mod tests {
             set.targets.streams.push(StreamTarget { rows: writer.finish().unwrap(), point });
         }
         let points = |batch: TrainingBatch| batch.streams.into_keys().collect::<Vec<_>>();
-        assert_eq!(points(set.batch(&[0, 1], Device::Cpu).unwrap()), [1, 3]);
-        let batch = set.batch_with(&[0, 1], Some(2..3), false, Device::Cpu).unwrap();
+        assert_eq!(points(set.batch(&[0, 1], &Feeds::default()).unwrap()), [1, 3]);
+        let batch = set.batch_with(&[0, 1], &Feeds::default(), Some(2..3), false).unwrap();
         assert_eq!(batch.streams[&3].mean(Kind::Float).double_value(&[]), 3.0);
         assert_eq!(points(batch), [3]);
     }

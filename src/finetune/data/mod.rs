@@ -1,6 +1,7 @@
 //! The training data: samples, the frozen part's output for them, and the dense model's targets.
 
 mod batch;
+mod feeds;
 mod frozen_part;
 mod rows;
 mod same;
@@ -11,6 +12,7 @@ mod teacher;
 #[cfg(test)]
 pub use batch::Example;
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
+pub use feeds::Feeds;
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};
 pub use source::{Conversations, Source, TrainingSample};

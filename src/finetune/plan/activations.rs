@@ -5,11 +5,15 @@
 //! Widths are propagated from the residual stream, because few graphs state their shapes. A product with a weight `[K,
 //! N]` maps width `K` to width `N`. A product of two values that both depend on the stream belongs to attention: the
 //! scores have one element per head and key.
+//!
+//! In a pass with 16-bit activations some values are in f32, as `torch::MixedPrecision` says; each of their elements counts
+//! as two. An operator that reads a 16-bit value in f32 and keeps it for its gradient keeps an f32 copy.
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::{Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Attribute, DataType, Graph, GraphIndex, Node, ValueId};
 use crate::rewrite::{EXPANDED_BLOCKS, ROUNDED, ROUNDED_DYNAMICALLY};
+use crate::torch::MixedPrecision;
 
 /// Elements per token: `own`, plus `per_key` for each token that the token attends to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,6 +27,10 @@ pub struct Width {
 impl Width {
     fn plus(self, other: Width) -> Width {
         Width { own: self.own + other.own, per_key: self.per_key + other.per_key }
+    }
+
+    fn times(self, factor: u64) -> Width {
+        Width { own: factor * self.own, per_key: factor * self.per_key }
     }
 
     fn larger(self, other: Width) -> Width {
@@ -45,6 +53,8 @@ enum Saves {
     Output,
     /// Inputs and the first output: attention and unlisted operators.
     All,
+    /// The input in f32, the normalised input for the gradient of the scale, and the output.
+    Normalised,
 }
 
 /// One row per group of operators. An unlisted operator saves its inputs and its first output.
@@ -82,6 +92,7 @@ const SAVES: &[(&[&str], Saves)] = &[
     ),
     (&["MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Mul", "Div"], Saves::OtherFactor),
     (&[ROUNDED, "Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
+    (&["SimplifiedLayerNormalization", "RMSNormalization", "SkipSimplifiedLayerNormalization"], Saves::Normalised),
     (&["Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Sqrt", "Exp", "Relu", "Reciprocal"], Saves::Output),
 ];
 
@@ -100,6 +111,9 @@ const VIEWS: &[&str] = &[
     "Expand",
 ];
 
+/// Products, which are computed in 16 bits where activations are.
+const LOWERED: &[&str] = &["MatMul", "Gemm", "FusedMatMul", "MatMulNBits"];
+
 /// Operators that compute attention in a single node.
 const ATTENTION: &[&str] = &["FusedAttention", "Attention", "GroupQueryAttention", "MultiHeadAttention"];
 
@@ -114,16 +128,26 @@ pub struct Kept {
 
 /// Activation memory of one layer. `piece` lists its nodes in execution order; `(from, width)` is the stream before it
 /// and the stream's elements per token. `trained` lists the weights that have gradients. `heads` is the number of
-/// attention heads.
+/// attention heads. `low`: activations are in 16 bits.
 pub fn of_layer(
     graph: &Graph,
     piece: &[usize],
     (from, width): (ValueId, u64),
     trained: &HashSet<ValueId>,
     heads: u64,
+    low: bool,
 ) -> Kept {
     let index = GraphIndex::new(graph);
-    let mut walk = Walk { graph, heads, widths: HashMap::new(), owners: HashMap::new(), saved: HashSet::new() };
+    let mut walk = Walk {
+        graph,
+        heads,
+        low,
+        widths: HashMap::new(),
+        owners: HashMap::new(),
+        wide: HashSet::new(),
+        saved: HashSet::new(),
+        copied: HashMap::new(),
+    };
     walk.widths.insert(from, Width { own: width, per_key: 0 });
     walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
     for &number in piece {
@@ -133,21 +157,26 @@ pub fn of_layer(
         walk.node(node, moved);
     }
     let owners: HashSet<ValueId> = walk.saved.iter().map(|&id| walk.owner(id)).collect();
-    let width_of = |id: &ValueId| walk.widths.get(id).copied().unwrap_or_default();
+    let copies = walk.copied.values().copied();
     Kept {
-        kept: owners.iter().map(width_of).fold(Width::default(), Width::plus),
-        widest: walk.widths.values().copied().fold(Width::default(), Width::larger),
+        kept: owners.iter().map(|&id| walk.size(id)).chain(copies).fold(Width::default(), Width::plus),
+        widest: walk.widths.keys().map(|&id| walk.size(id)).fold(Width::default(), Width::larger),
     }
 }
 
 struct Walk<'a> {
     graph: &'a Graph,
     heads: u64,
+    low: bool,
     /// Widths of the values that depend on the stream or on trained weights.
     widths: HashMap<ValueId, Width>,
     /// Maps a view to the value whose memory it shares.
     owners: HashMap<ValueId, ValueId>,
+    /// Values in f32 of a pass with 16-bit activations.
+    wide: HashSet<ValueId>,
     saved: HashSet<ValueId>,
+    /// Elements of what nodes keep besides values, by the first output of the node.
+    copied: HashMap<ValueId, Width>,
 }
 
 impl Walk<'_> {
@@ -158,6 +187,27 @@ impl Walk<'_> {
         id
     }
 
+    /// Width of a value, in elements of the stream's type.
+    fn size(&self, id: ValueId) -> Width {
+        let width = self.widths.get(&id).copied().unwrap_or_default();
+        if self.wide.contains(&id) { width.times(2) } else { width }
+    }
+
+    /// True when a node's results are in f32 in a pass with 16-bit activations.
+    fn gives_wide(&self, node: &Node, flowing: &[ValueId]) -> bool {
+        let wide = |id: &ValueId| self.wide.contains(id);
+        let MixedPrecision { widens, rounds } = MixedPrecision::of(node);
+        match node.op_type.as_str() {
+            "Cast" => {
+                matches!(node.attribute("to").and_then(Attribute::as_int), Some(to) if to == DataType::Float as i64)
+            }
+            _ if rounds => flowing.iter().all(wide),
+            _ if widens => true,
+            op if LOWERED.contains(&op) || ATTENTION.contains(&op) => false,
+            _ => flowing.iter().any(wide),
+        }
+    }
+
     fn node(&mut self, node: &Node, moved: impl Fn(ValueId) -> bool) {
         let flowing: Vec<ValueId> = node.present_inputs().filter(|id| self.widths.contains_key(id)).collect();
         if flowing.is_empty() || node.reads_shape_only() {
@@ -166,6 +216,9 @@ impl Walk<'_> {
         let op = node.op_type.as_str();
         let width = self.result(node, &flowing);
         let outputs: Vec<ValueId> = node.present_outputs().collect();
+        if self.low && self.gives_wide(node, &flowing) {
+            self.wide.extend(&outputs);
+        }
         for (number, &output) in outputs.iter().enumerate() {
             let own = match (op, ATTENTION.contains(&op), number) {
                 ("Split", ..) => Width { own: width.own / outputs.len() as u64, ..width },
@@ -176,18 +229,54 @@ impl Walk<'_> {
             self.widths.insert(output, own);
             // Reshaping a transposed value copies it.
             let view = VIEWS.contains(&op) && !(op == "Reshape" && moved(flowing[0]));
-            if view {
+            if view && self.wide.contains(&output) == self.wide.contains(&flowing[0]) {
                 self.owners.insert(output, flowing[0]);
             }
         }
+        // What is read in f32 is copied; what has it already is kept as it is.
+        let reads_wide = self.low && MixedPrecision::of(node).widens;
+        let (copied, flowing): (Vec<ValueId>, Vec<ValueId>) =
+            flowing.into_iter().partition(|id| reads_wide && !self.wide.contains(id));
         let row = SAVES.iter().find(|(names, _)| names.contains(&op)).map_or(Saves::All, |(_, saves)| *saves);
         match row {
             Saves::Nothing => {}
-            Saves::OtherFactor if flowing.len() > 1 => self.saved.extend(flowing),
+            Saves::OtherFactor if flowing.len() + copied.len() > 1 => {
+                self.saved.extend(flowing);
+                // Both factors of a square are one tensor.
+                self.copy(&outputs, &copied[..1.min(copied.len())], 2);
+            }
             Saves::OtherFactor => {}
-            Saves::Inputs => self.saved.extend(flowing),
+            Saves::Inputs => {
+                self.saved.extend(flowing);
+                self.copy(&outputs, &copied, 2);
+            }
             Saves::Output => self.saved.extend(outputs.first()),
-            Saves::All => self.saved.extend(flowing.into_iter().chain(outputs.first().copied())),
+            Saves::All => {
+                self.saved.extend(flowing.into_iter().chain(outputs.first().copied()));
+                self.copy(&outputs, &copied, 2);
+            }
+            Saves::Normalised => {
+                let (stream, scale): (Vec<ValueId>, Vec<ValueId>) =
+                    flowing.iter().partition(|id| self.widths.get(id).is_some_and(|width| *width != Width::default()));
+                let scaled = if scale.is_empty() { 0 } else { 1 };
+                match self.low {
+                    true => self.copy(&outputs, &stream[..1.min(stream.len())], 2 + scaled),
+                    false => {
+                        self.copy(&outputs, &stream[..1.min(stream.len())], scaled);
+                        self.saved.extend(stream);
+                    }
+                }
+                self.saved.extend(outputs.first());
+            }
+        }
+    }
+
+    /// Counts copies of values that a node keeps, of `each` elements for each of theirs.
+    fn copy(&mut self, outputs: &[ValueId], values: &[ValueId], each: u64) {
+        let width = |id: &ValueId| self.widths.get(id).copied().unwrap_or_default().times(each);
+        let sum = values.iter().map(width).fold(Width::default(), Width::plus);
+        if let Some(output) = outputs.first() {
+            self.copied.insert(*output, sum);
         }
     }
 
@@ -282,7 +371,7 @@ mod tests {
         let compiled = fuse_kernels(&model).0.graph;
         let trained: HashSet<ValueId> = if trained { [w0, w1, w2].into() } else { HashSet::new() };
         let piece = crate::finetune::cut::nodes_between(&compiled, h, out);
-        of_layer(&compiled, &piece, (h, 8), &trained, 2)
+        of_layer(&compiled, &piece, (h, 8), &trained, 2, false)
     }
 
     #[test]
@@ -292,6 +381,45 @@ mod tests {
         assert_eq!((frozen.kept, frozen.widest), (Width { own: 60, per_key: 0 }, Width { own: 20, per_key: 0 }));
         // With trained weights also the stream and the product, for the gradients of the weights.
         assert_eq!(mlp(true).kept, Width { own: 88, per_key: 0 });
+    }
+
+    /// A normalisation in five nodes and one in a single node, of a stream of width 8.
+    #[test]
+    fn normalisations_keep_f32_copies_of_a_16_bit_stream() {
+        let kept = |ops: &[(&str, &[usize])], trained: bool, low: bool| {
+            let mut graph = Graph::default();
+            let mut value = |number: usize| graph.add_value(Value { name: number.to_string(), ..Value::default() });
+            let ids: Vec<ValueId> = (0..9).map(&mut value).collect();
+            let nodes = ops.iter().enumerate().map(|(place, (op, inputs))| Node {
+                op_type: (*op).into(),
+                inputs: inputs.iter().map(|&input| Some(ids[input])).collect(),
+                outputs: vec![Some(ids[place + 1])],
+                ..Node::default()
+            });
+            graph.body.nodes = nodes.collect();
+            let trained = if trained { [ids[8]].into() } else { HashSet::new() };
+            let piece: Vec<usize> = (0..ops.len()).collect();
+            of_layer(&graph, &piece, (ids[0], 8), &trained, 1, low).kept.own
+        };
+        // Value 0 is the stream, 7 a constant, 8 the scale.
+        let apart: &[(&str, &[usize])] = &[
+            ("Pow", &[0, 7]),
+            ("ReduceMean", &[1]),
+            ("Add", &[2, 7]),
+            ("Sqrt", &[3]),
+            ("Div", &[0, 4]),
+            ("Mul", &[5, 8]),
+        ];
+        // The stream, and the root of one number. In 16 bits also what is squared, in f32, and the root counts twice.
+        assert_eq!([kept(apart, false, false), kept(apart, false, true)], [8 + 1, 8 + 16 + 2]);
+        // With a trained scale also what it multiplies, in 16 bits.
+        assert_eq!([kept(apart, true, false), kept(apart, true, true)], [8 + 1 + 8, 8 + 16 + 2 + 8]);
+        let square: &[(&str, &[usize])] =
+            &[("Mul", &[0, 0]), ("ReduceMean", &[1]), ("Add", &[2, 7]), ("Sqrt", &[3]), ("Div", &[0, 4])];
+        assert_eq!([kept(square, false, false), kept(square, false, true)], [8 + 1, 8 + 16 + 2]);
+        let joined: &[(&str, &[usize])] = &[("SimplifiedLayerNormalization", &[0, 8])];
+        assert_eq!([kept(joined, false, false), kept(joined, false, true)], [8 + 8, 16 + 8]);
+        assert_eq!([kept(joined, true, false), kept(joined, true, true)], [8 + 8 + 8, 16 + 8 + 8]);
     }
 
     #[test]
@@ -313,7 +441,7 @@ mod tests {
             node("MatMul", &[weights, h], mixed),
         ];
         graph.body.outputs = vec![mixed];
-        let kept = of_layer(&graph, &[0, 1, 2, 3], (h, 64), &HashSet::new(), 4);
+        let kept = of_layer(&graph, &[0, 1, 2, 3], (h, 64), &HashSet::new(), 4, false);
         // The stream, whose transposed view is `keys`, and the attention weights of 4 heads.
         assert_eq!(kept.kept, Width { own: 64, per_key: 4 });
         assert_eq!(kept.kept.at(10), 104);

@@ -4,7 +4,7 @@ use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
 use super::planned::{ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
-use super::run_plan::{PlanInputs, RunPlan};
+use super::run_plan::{FIT, PlanInputs, RunPlan};
 use super::{CUDA_BYTES, LOGIT_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
@@ -42,6 +42,7 @@ fn items(plan: &RunPlan, inputs: &PlanInputs<'_>) -> Vec<PlannedBytes> {
     if plan.streamed {
         let formula = "computed together, longer steps aside".to_string();
         list.add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, formula);
+        list.rows_of_fit();
     }
     for target in plan.targets.iter().filter(|target| target.written) {
         list.add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
@@ -135,6 +136,19 @@ impl List<'_> {
         self.add(Phase::Fit, self.aside(), "targets of the fit", 2 * fit.tokens * width * together, formula);
         let formula = format!("4 x {}, until the fit ends", fit.elements);
         self.add(Phase::Fit, self.aside(), "weights before the fit", 4 * fit.elements, formula);
+    }
+
+    /// A fit goes over its samples once for each product, so a run that computes rows when they are needed keeps those of
+    /// all its samples until the first step.
+    fn rows_of_fit(&mut self) {
+        let (plan, data) = (self.plan, &self.plan.data);
+        let Some(fit) = &plan.fit else { return };
+        // The dense model's stream that the fit alone reads is in memory.
+        let kept = plan.targets.iter().filter(|target| target.read_by.iter().any(|reader| reader != FIT));
+        let all: u64 = kept.map(|target| target.bytes).sum();
+        let bytes = (u128::from(all) * u128::from(fit.tokens) / u128::from(data.tokens.max(1))) as u64;
+        let formula = format!("{} tokens, until the first step", fit.tokens);
+        self.add(Phase::Fit, Place::Disk, "rows of the fit", bytes, formula);
     }
 
     fn steps(&mut self) {

@@ -31,7 +31,7 @@ const CPU_BATCH_TOKENS: u64 = 512;
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
 /// Readers of outputs other than loss terms.
 const STEPS: &str = "steps";
-const FIT: &str = "fit";
+pub(super) const FIT: &str = "fit";
 /// Memory, in bytes, that the targets of a fit may always take.
 const TARGET_BYTES: u64 = 1 << 30;
 

@@ -129,6 +129,12 @@ fn best_with_adapters_on_all_layers_of_8b_fits_into_22_gb() {
     // Without room on disk the dense model stays loaded, and the error says what keeps it there.
     let tight = of_run(Limits { cache: Some(32_000_000_000), ..limits });
     assert_eq!((tight.fits, tight.streamed), (Some(false), true));
+    // The fit's samples have the stream before layer 0 on disk, in f32, and the answers that `kd` reads.
+    let on_disk = |what: &str| tight.bytes.iter().find(|item| item.what == what).map(|item| (item.phase, item.bytes));
+    let answers = tight.targets.iter().find(|target| target.what == ANSWERS).unwrap().bytes;
+    let rows = fit.tokens * 4 * 4096 + answers * fit.tokens / 2_400_000;
+    assert_eq!(on_disk("rows of the fit"), Some((Phase::Fit, rows)));
+    assert!(tight.disk_bytes >= rows);
     let message = tight.check().unwrap_err().to_string();
     assert!(message.contains("compute rows between steps") && message.contains("`--cache-bytes 40GB`"), "{message}");
 }

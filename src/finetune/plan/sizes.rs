@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::finetune::cut::{Cut, Suffix, nodes_between};
+use crate::finetune::settings::Precision;
 use crate::ir::{DataType, Graph, Tensor, ValueId};
 use crate::rewrite::fuse_kernels;
 
@@ -34,8 +35,8 @@ pub struct Sizes {
 
 impl Sizes {
     /// Sizes of a decoder cut at its first trained layer. `heads` is the number of attention heads in the model's
-    /// configuration.
-    pub fn of(cut: &Cut, suffix: &Suffix, heads: u64) -> Self {
+    /// configuration. `precision` is that of the passes.
+    pub fn of(cut: &Cut, suffix: &Suffix, heads: u64, precision: Precision) -> Self {
         let graph = &cut.analysis.model.graph;
         let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
         let map = &cut.analysis.map;
@@ -90,7 +91,8 @@ impl Sizes {
         for ends in suffix.streams.windows(2) {
             let piece = nodes_between(&compiled, ends[0], ends[1]);
             let stream = (ends[0], sizes.hidden_size);
-            sizes.layer_activations.push(of_layer(&compiled, &piece, stream, &with_gradients, heads));
+            let low = precision == Precision::Bf16;
+            sizes.layer_activations.push(of_layer(&compiled, &piece, stream, &with_gradients, heads, low));
         }
         sizes
     }

@@ -67,7 +67,7 @@ impl Opened {
         cut.check_writable(settings.write_trained)?;
         let (suffix, first) = (cut.suffix()?, cut.first);
         let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
-        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request), settings.precision);
         sizes.side_width = side.widths.total() as u64;
         let dense = teacher.map(Dense::open).transpose()?;
         let points_of = |settings: &Settings| -> Vec<Point> {

@@ -19,17 +19,18 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::analysis::Projection;
 use crate::base::{Error, Progress, Result};
 use crate::finetune::cut::FitTarget;
-use crate::finetune::data::{TrainingSet, bf16_matrix};
+use crate::finetune::data::{Feeds, TrainingBatch, TrainingSet, bf16_matrix};
 use crate::finetune::error::torch_error;
 use crate::finetune::plan::{FIT_PASS_TOKENS, FIT_TOKENS, order};
 use crate::finetune::record::LayerFit;
 use crate::finetune::student::Student;
 
+use super::batches::each_batch;
 use super::context::{Run, kept_aside};
 use super::normal::{Normal, PassRows, Solved};
 use super::workers;
@@ -288,14 +289,40 @@ fn measure(
     let held = &*held;
     let sums = |students: &mut [Student], passes: &mut [Pass]| -> Result<Normal> {
         let mut sums = Normal::new(product.width as i64, width as i64, run.device)?;
-        let together = students.len().max(1);
-        for passes in passes.chunks_mut(together) {
-            run.cancel.check("nothing of the fit is kept")?;
-            let rows = workers::side_by_side(students, passes, run, |student, pass| {
-                let own = held_rows(held, layer, &pass.samples, width)?;
-                rows(student, dataset, pass, own, from, (layer, product))
-            })?;
-            sums.add(&rows)?;
+        let place = (from, layer, product);
+        let stopped = || run.cancel.check("nothing of the fit is kept");
+        // The batch of a pass, with the dense model's stream behind the layer.
+        let make = |feeds: &Feeds, samples: &[usize]| -> Result<TrainingBatch> {
+            let own = held_rows(held, layer, samples, width)?;
+            let read = if own.is_some() { 0..0 } else { layer..layer + 1 };
+            let mut batch = dataset.batch_with(samples, feeds, Some(read), false)?;
+            batch.streams.extend(own.map(|own| (layer + 1, own)));
+            Ok(batch)
+        };
+        if run.device == Device::Cpu {
+            let together = students.len().max(1);
+            for passes in passes.chunks_mut(together) {
+                stopped()?;
+                let rows = workers::side_by_side(students, passes, run, |student, pass| {
+                    rows(student, &make(student.feeds(), &pass.samples)?, &mut pass.stream, place)
+                })?;
+                sums.add(&rows)?;
+            }
+        } else {
+            let (student, feeds) = (&students[0], students[0].feeds());
+            let samples: Vec<Vec<usize>> = passes.iter().map(|pass| pass.samples.clone()).collect();
+            let mut streams = passes.iter_mut().map(|pass| &mut pass.stream);
+            each_batch(
+                &samples,
+                run.device,
+                |samples| make(feeds, samples),
+                |_, batch| {
+                    stopped()?;
+                    let stream =
+                        streams.next().ok_or_else(|| Error::invalid("the fit", "has more batches than passes"))?;
+                    sums.add(&[rows(student, batch, stream, place)?])
+                },
+            )?;
         }
         if let Some(ranks) = run.ranks {
             sums.sum_over(ranks)?;
@@ -322,35 +349,30 @@ fn choose(parts: Parts) -> Result<(f64, Normal, Solved)> {
     Ok((chosen.0, fitted, solved))
 }
 
-/// Advances a pass's stream to `layer` and returns the product's operand and the residual of the layer's output. `own`:
-/// the dense model's stream behind the layer; `None` when it is on disk.
+/// Advances a pass's stream from one layer to another and returns the product's operand and the residual of the layer's
+/// output. `batch` has the dense model's stream behind the layer.
 fn rows(
     student: &Student,
-    dataset: &TrainingSet,
-    pass: &mut Pass,
-    own: Option<Tensor>,
-    from: usize,
-    (layer, product): (usize, &Projection),
+    batch: &TrainingBatch,
+    kept: &mut Option<Tensor>,
+    (from, layer, product): (usize, usize, &Projection),
 ) -> Result<PassRows> {
     let _guard = tch::no_grad_guard();
-    let device = student.device();
-    let read = if own.is_some() { 0..0 } else { layer..layer + 1 };
-    let batch = dataset.batch_with(&pass.samples, Some(read), false, device)?;
-    let side = student.side(&batch)?;
-    let mut stream = pass.stream.take().unwrap_or_else(|| batch.hidden.shallow_clone());
+    let side = student.side(batch)?;
+    let mut stream = kept.take().unwrap_or_else(|| batch.hidden.shallow_clone());
     for number in from..layer {
         stream = student.layer(number, &stream, &side)?;
     }
     let (output, operand) = student.layer_with(layer, &stream, &side, product.operand)?;
-    pass.stream = Some(stream);
-    let target = own.as_ref().or_else(|| batch.streams.get(&(layer + 1)));
+    *kept = Some(stream);
+    let target = batch.streams.get(&(layer + 1));
     let target = target.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
-    let places = (batch.step.batch() * batch.step.time()) as i64;
+    let places = batch.places();
     let compute = || -> Result<PassRows, tch::TchError> {
         let rows = |x: &Tensor| -> Result<Tensor, tch::TchError> {
             x.f_reshape([places, -1])?.f_index_select(0, &batch.real_rows)?.f_to_kind(Kind::Float)
         };
-        let target = target.f_to_device(device)?.f_to_kind(Kind::Float)?;
+        let target = target.f_to_kind(Kind::Float)?;
         let length = target.f_square()?.f_sum_dim_intlist(-1, true, Kind::Float)?.f_clamp_min(1e-12)?;
         let scale = length.f_rsqrt()?;
         let rest = target.f_sub(&rows(&output)?)?.f_mul(&scale)?;
@@ -361,8 +383,6 @@ fn rows(
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
     #[test]

@@ -11,6 +11,7 @@ use tch::{Device, Kind};
 
 use crate::base::{Error, Progress, Result};
 
+use super::batches::each_batch;
 use super::context::Run;
 use super::fit::fit;
 use super::trainer::{Summary, Trainer, all_weights, interrupted};
@@ -195,9 +196,10 @@ fn streams(
     let parts = workers::side_by_side(students, &mut shares, run, |student, passes| {
         let _guard = tch::no_grad_guard();
         let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
-        for samples in passes.iter() {
-            let batch = dataset.batch(samples, device)?;
-            let side = student.side(&batch)?;
+        let feeds = student.feeds();
+        let make = |samples: &[usize]| dataset.batch(samples, feeds);
+        each_batch(passes, device, make, |samples, batch| {
+            let side = student.side(batch)?;
             let mut stream = batch.hidden.shallow_clone();
             for layer in layers.clone() {
                 stream = student.layer(layer, &stream, &side)?;
@@ -209,7 +211,8 @@ fn streams(
                 let numbers = own.and_then(|own| Vec::<f32>::try_from(&own.f_contiguous()?));
                 found.push((sample, numbers.map_err(torch_error("the stream"))?));
             }
-        }
+            Ok(())
+        })?;
         Ok(found)
     })?;
     let mut all = Vec::with_capacity(samples.len());

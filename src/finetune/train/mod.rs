@@ -1,5 +1,6 @@
 //! Training: forward and backward passes, optimiser steps, the least-squares fit and the learning-rate search.
 
+mod batches;
 mod context;
 mod dense;
 mod fit;

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::base::{Result, ahead, thread_count};
+use crate::base::{Result, thread_count};
 
+use super::batches::each_batch;
 use super::context::Run;
 use super::gradient::{self, Counts};
 use super::pool::on_pool;
@@ -20,9 +21,6 @@ use crate::finetune::optim::{OptimizedParameter, Optimizer};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 use crate::torch::Ranks;
-
-/// Number of batches prepared ahead for a GPU.
-const BATCHES_AHEAD: usize = 2;
 
 /// Losses and gradients, summed over a step.
 #[derive(Debug, Default)]
@@ -107,7 +105,7 @@ fn passes(
     // Loss terms are summed on the device and read once, because each read makes the host wait for the GPU.
     let mut terms: BTreeMap<LossKind, Tensor> = BTreeMap::new();
     let mut total = StepSums::default();
-    let mut one = |batch: &TrainingBatch| -> Result<()> {
+    let one = |_: &[usize], batch: &TrainingBatch| -> Result<()> {
         if batch.answer_tokens == 0 {
             return Ok(());
         }
@@ -121,30 +119,14 @@ fn passes(
         }
         Ok(())
     };
-    if device == Device::Cpu {
-        batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
-    } else {
-        each_prefetched(dataset, batches, device, TrainingBatch::pinned, &mut one)?;
-    }
+    let feeds = student.feeds();
+    each_batch(batches, device, |samples| dataset.batch(samples, feeds), one)?;
     if !terms.is_empty() {
         let sums: Vec<&Tensor> = terms.values().collect();
         let read = || Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?);
         total.losses = terms.keys().copied().zip(read().map_err(torch_error("the loss"))?).collect();
     }
     Ok(total)
-}
-
-/// Passes each batch to `work` on `device`. The next ones are read, padded and copied to pinned memory, by `pin`, on a thread
-/// of their own while the GPU computes.
-fn each_prefetched(
-    dataset: &TrainingSet,
-    batches: &[Vec<usize>],
-    device: Device,
-    pin: impl Fn(TrainingBatch) -> Result<TrainingBatch> + Sync,
-    work: &mut dyn FnMut(&TrainingBatch) -> Result<()>,
-) -> Result<()> {
-    let made = || Ok(batches.iter().map(|samples| pin(dataset.batch(samples, Device::Cpu)?)));
-    ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| work(&batch?.to(device)?)))
 }
 
 impl StepSums {
@@ -307,7 +289,6 @@ pub fn optimize(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finetune::data::{Example, RowDtype, RowsWriter};
     use crate::finetune::optim::OptimizerKind;
 
     #[test]
@@ -351,33 +332,6 @@ mod tests {
         let shares = distribute(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
-    }
-
-    /// The way that batches take to a GPU, without one: in order, each once, and equal to a batch that is made directly.
-    #[test]
-    fn prefetched_batches_equal_those_made_directly() {
-        let folder = tempfile::tempdir().unwrap();
-        let ids: Vec<i64> = (0..9).collect();
-        let examples: Vec<Example> = (2..8)
-            .map(|length| Example::new(length.to_string(), &ids[..length], &vec![true; length]).unwrap())
-            .collect();
-        let tokens = examples.iter().map(|example| example.length).sum::<usize>();
-        let mut rows = RowsWriter::create(&folder.path().join("rows"), RowDtype::F32).unwrap();
-        rows.push(&(0..3 * tokens).map(|n| n as f32).collect::<Vec<_>>(), tokens).unwrap();
-        let set = TrainingSet::new(examples, rows.finish().unwrap(), None);
-        let batches = vec![vec![5, 0], vec![4], vec![3, 2, 1]];
-        let mut seen = 0;
-        let mut check = |batch: &TrainingBatch| {
-            let direct = set.batch(&batches[seen], Device::Cpu).unwrap();
-            assert!(batch.hidden.equal(&direct.hidden) && batch.targets.equal(&direct.targets));
-            seen += 1;
-            Ok(())
-        };
-        each_prefetched(&set, &batches, Device::Cpu, Ok, &mut check).unwrap();
-        assert_eq!(seen, 3);
-        let refused = |_| Err(crate::base::Error::invalid("a batch", "is not pinned"));
-        let error = each_prefetched(&set, &batches, Device::Cpu, refused, &mut |_| Ok(())).unwrap_err();
-        assert!(error.to_string().contains("is not pinned"), "{error}");
     }
 
     #[test]

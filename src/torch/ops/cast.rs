@@ -32,10 +32,18 @@ fn ignore_float8_options(b: &Build) -> OpResult<()> {
     Ok(())
 }
 
+/// Where the graph goes on in 16 bits after a part in f32, a program with an autocast kind goes on in that.
 fn cast(b: &mut Build) -> OpResult<Kernel> {
-    let kind = kind_from_number(b.attributes.int_required("to")?)?;
+    let number = b.attributes.int_required("to")?;
+    let kind = kind_from_number(number)?;
     ignore_float8_options(b)?;
-    one(move |args| convert(args.get(0)?, kind))
+    let narrow = [DataType::Float16, DataType::Bfloat16].iter().any(|&dtype| dtype as i64 == number);
+    let low = b.autocast.filter(|_| narrow);
+    one(move |args| {
+        let x = args.get(0)?;
+        // Integers, such as positions, have too many digits for it.
+        convert(x, if is_float(x.f_kind()?) { low.unwrap_or(kind) } else { kind })
+    })
 }
 
 /// Floats to integers truncate towards zero; integers to narrower ones keep the low bits; to bool: not equal to zero.

@@ -9,7 +9,7 @@ pub(super) const ROWS: &[Operator] = &[
     Operator::new("", "ArgMax", 1, |b| arg(b, true)),
     Operator::new("", "ArgMin", 1, |b| arg(b, false)),
     Operator::new("", "Compress", 9, compress).host(0b10).grad(),
-    Operator::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
+    Operator::new("", "CumSum", 11, cum_sum).widens().host(0b10).grad(),
     Operator::new("", "Gather", 1, gather).grad(),
     Operator::new("", "GatherElements", 11, gather_elements).grad(),
     Operator::new("", "GatherND", 11, gather_nd).grad(),

@@ -8,11 +8,11 @@ use crate::torch::operator::{MICROSOFT, Operator};
 use super::cast::kind_from_number;
 
 pub(super) const ROWS: &[Operator] = &[
-    Operator::new("", "BatchNormalization", 9, batch_normalization).grad(),
-    Operator::new("", "GroupNormalization", 18, group_normalization).grad(),
-    Operator::new("", "InstanceNormalization", 6, instance_normalization).grad(),
+    Operator::new("", "BatchNormalization", 9, batch_normalization).widens().rounds().grad(),
+    Operator::new("", "GroupNormalization", 18, group_normalization).widens().rounds().grad(),
+    Operator::new("", "InstanceNormalization", 6, instance_normalization).widens().rounds().grad(),
     Operator::new("", "LayerNormalization", 17, layer_normalization).grad(),
-    Operator::new("", "LpNormalization", 1, lp_normalization).grad(),
+    Operator::new("", "LpNormalization", 1, lp_normalization).widens().rounds().grad(),
     Operator::new("", "RMSNormalization", 23, simplified).grad(),
     // ONNX Runtime writes it into the default domain.
     Operator::new("", "SimplifiedLayerNormalization", 1, simplified).grad(),

@@ -11,33 +11,39 @@ type Reduce = fn(&Tensor, &[i64], bool) -> OpResult<Tensor>;
 
 pub(super) const ROWS: &[Operator] = &[
     Operator::new("", "ReduceL1", 1, |b| reduce(b, 18, false, |x, axes, keep| total(&x.f_abs()?, axes, keep)))
+        .widens()
         .host(0b10)
         .grad(),
     Operator::new("", "ReduceL2", 1, |b| {
         reduce(b, 18, false, |x, axes, keep| Ok(total(&x.f_square()?, axes, keep)?.f_sqrt()?))
     })
+    .widens()
     .host(0b10)
     .grad(),
     Operator::new("", "ReduceLogSum", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(total(x, axes, keep)?.f_log()?)))
+        .widens()
         .host(0b10)
         .grad(),
     Operator::new("", "ReduceLogSumExp", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(x.f_logsumexp(axes, keep)?)))
+        .widens()
         .host(0b10)
         .grad(),
     Operator::new("", "ReduceMax", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, true)))
         .host(0b10)
         .grad(),
     Operator::new("", "ReduceMean", 1, |b| reduce(b, 18, true, |x, axes, keep| Ok(x.f_mean_dim(axes, keep, None)?)))
+        .widens()
         .host(0b10)
         .grad(),
     Operator::new("", "ReduceMin", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, false)))
         .host(0b10)
         .grad(),
-    Operator::new("", "ReduceProd", 1, |b| reduce(b, 18, true, product)).host(0b10).grad(),
-    Operator::new("", "ReduceSum", 1, |b| reduce(b, 13, true, total)).host(0b10).grad(),
+    Operator::new("", "ReduceProd", 1, |b| reduce(b, 18, true, product)).widens().host(0b10).grad(),
+    Operator::new("", "ReduceSum", 1, |b| reduce(b, 13, true, total)).widens().host(0b10).grad(),
     Operator::new("", "ReduceSumSquare", 1, |b| {
         reduce(b, 18, false, |x, axes, keep| total(&x.f_square()?, axes, keep))
     })
+    .widens()
     .host(0b10)
     .grad(),
 ];
