@@ -26,7 +26,9 @@ plan() { # STRATEGY RATIO
         *) how=(--scores scores.json) ;;
     esac
     case $1 in interlace | interlace-oa | interlace-tn) how+=(--beyond-structure) ;; esac
-    [ -e scores.json ] || quiet "$interlace" score "$model" --data "$train" --turns separate --samples 128 -q -o scores.json
+    # The longer packs are for `angular`: the block of as many layers as are dropped.
+    [ -e scores.json ] || quiet "$interlace" score "$model" --data "$train" --turns separate --samples 128 --packs 1,2,3,4,6,8 -q \
+        -o scores.json
     [ -e "plan-$name.json" ] || {
         local begin=$SECONDS
         quiet "$interlace" plan "$model" --strategy "$1" --drop-ratio "$2" "${how[@]}" -q -o "plan-$name.json"
@@ -72,7 +74,7 @@ dense() { # RECIPE RATE SEED
 # healing with the recipe and seed 42. All samples together have fewer tokens than the short healing of `auto`, so it is whole.
 choose_plan() { # RATIO RECIPE RATE
     local ratio=$1 strategy least= own
-    for strategy in sleb shortgpt; do
+    for strategy in sleb shortgpt angular; do
         plan "$strategy" "$ratio"
         heal "$strategy" "$ratio" "$2" "$3" 42
         own=$(loss_in "held-$healed.json")

@@ -170,7 +170,9 @@ impl RecipeRun<'_> {
     }
 
     /// The plan of the candidate of `auto` that has the lowest loss on held-back data after a short healing; the first of
-    /// equals. No benchmark is read.
+    /// equals. A candidate that cannot drop as many layers is left out. No benchmark is read.
+    ///
+    /// Errors: those of the steps; the first candidate's where none can.
     fn choose(&mut self, scores: &Finished) -> Result<(Plan, Finished)> {
         let recipe = self.recipe;
         let section = &recipe.finetune;
@@ -184,8 +186,17 @@ impl RecipeRun<'_> {
             settings.data.step_tokens = Some(settings.data.step_tokens.map_or(most, |own| own.min(most)));
         });
         let mut best: Option<(f64, (Plan, Finished))> = None;
+        let mut refused = None;
         for name in &recipe.plan.auto.candidates {
-            let (plan, planned) = self.plan(scores, name)?;
+            let (plan, planned) = match self.plan(scores, name) {
+                // Of some networks a strategy cannot drop that many layers: no block of them may go, or its structure ends.
+                Err(Error::Invalid { subject, problem, remedy }) if subject == format!("strategy `{name}`") => {
+                    self.stages.note(&format!("auto: {name}: left out: {problem}"));
+                    refused.get_or_insert(Error::Invalid { subject, problem, remedy });
+                    continue;
+                }
+                planned => planned?,
+            };
             let pruned = self.pruned(name, &plan, &planned)?;
             let step = format!("auto-{name}");
             let options = section.data_options(self.stages.part);
@@ -209,8 +220,10 @@ impl RecipeRun<'_> {
                 best = Some((loss, (plan, planned)));
             }
         }
-        let (_, chosen) =
-            best.ok_or_else(|| Error::invalid("plan.auto", "has no candidates").remedy("name at least one strategy"))?;
+        let (_, chosen) = best.ok_or_else(|| {
+            let none = || Error::invalid("plan.auto", "has no candidates").remedy("name at least one strategy");
+            refused.unwrap_or_else(none)
+        })?;
         self.stages.note(&format!("auto: chose {}", chosen.0.strategy));
         Ok(chosen)
     }

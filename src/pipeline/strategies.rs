@@ -24,7 +24,7 @@ pub struct AutoSection {
 
 impl Default for AutoSection {
     fn default() -> Self {
-        let candidates = ["sleb", "shortgpt"].map(String::from).to_vec();
+        let candidates = ["sleb", "shortgpt", "angular"].map(String::from).to_vec();
         AutoSection { candidates, step_tokens: 16 << 10 }
     }
 }

@@ -382,6 +382,37 @@ fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<
     })
 }
 
+/// Triplets and pairs of 16 layers end before seven: `interlace` is left out and said to be, and alone it is the run's error.
+#[test]
+fn auto_leaves_out_a_candidate_that_cannot_drop_that_many_layers() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    fs::write(here.join("words.jsonl"), WORDS).expect("text");
+    let run = |candidates: &str| {
+        let plan = format!(
+            r#"plan = {{ drop_count = 7, strategies = ["auto"], auto = {{ candidates = [{candidates}], step_tokens = 256 }} }}"#
+        );
+        let text = recipe("1e-3")
+            .replace(r#"plan = { drop_count = 2, strategies = ["interlace", "angular"] }"#, &plan)
+            .replace(r#"targets = ["triton", "genai", "generate", "openvino"]"#, "")
+            .replace(r#"precision = ["int4"]"#, "")
+            .replace("blocks = { least_error = false }", "")
+            .replace("max_ir_version = 10", "")
+            .replace("samples = 8", "samples = 8\n        dense = { enabled = false }");
+        fs::write(here.join("recipe.toml"), text).expect("recipe");
+        interlace(here, &["run", "recipe.toml"])
+    };
+    let output = run(r#""interlace", "shortgpt""#);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("auto: interlace: left out: cannot drop 7 of 16 layers"), "{said}");
+    assert!(said.contains("auto: chose shortgpt"), "{said}");
+    let output = run(r#""interlace""#);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("strategy `interlace`: cannot drop 7 of 16 layers"), "{said}");
+}
+
 /// A strategy that measures losses, `auto`, a searched rate and rows held back for the choice among rows: the test files are
 /// opened for the first time when all of it is settled.
 #[test]
