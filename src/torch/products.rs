@@ -116,6 +116,31 @@ mod tests {
         assert_eq!([0x00b0_0f21, 0x00a1_0f11, 0x0008_06f8].map(family), [0x1a, 0x19, 0x6]);
     }
 
+    /// An operand is kept for a gradient only where the other one has one: a kept one cannot be written to before the
+    /// backward pass.
+    #[test]
+    fn operands_that_no_gradient_reads_are_not_kept() {
+        let fill =
+            |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
+        // Without added rows, which are a copy.
+        assert_eq!(round_count(320), 320);
+        for trained in [false, true] {
+            let leaf = fill(&[320, 80]).set_requires_grad(true);
+            let b = fill(&[80, 60]).set_requires_grad(trained);
+            let mut a = &leaf * 1.0;
+            let out = onednn(&a, &b).unwrap();
+            let expected = Tensor::ones([320, 60], (Kind::Float, Device::Cpu)).matmul(&b.detach().tr());
+            let _ = tch::no_grad(|| a.zero_());
+            let gradient = Tensor::f_run_backward(&[out.sum(Kind::Float)], &[&leaf], false, false);
+            match gradient {
+                Ok(gradient) => assert!(!trained && gradient[0].allclose(&expected, 1e-4, 1e-4, false)),
+                Err(error) => {
+                    assert!(trained && error.to_string().contains("modified by an inplace operation"), "{error}")
+                }
+            }
+        }
+    }
+
     /// Values and gradients are as close to those of double precision as LibTorch's own product.
     #[test]
     fn large_products_lose_no_precision() {
