@@ -1,8 +1,8 @@
-# The strategy `auto` by `interlace run`, healed on 8,192 tokens of three kinds of text. A part of `run`, whose names and functions it
-# has. The benchmark is one question without a picture, which `run` asks for; its score says nothing.
+# The strategy `auto` by `interlace run`, healed on 4,096 tokens of three kinds of text. A part of `run`, whose names and functions it
+# has. A benchmark needs pictures, so the run ends with an error at it, behind the choice and the healing.
 mkdir -p auto
 printf 'index\tquestion\tanswer\n0\tWhich file lists the sources of packages?\tsources.list\n' >auto/one.tsv
-# Scores and the losses of `sleb` are on two sequences: every 180th block of the three kinds.
+# Scores are on two sequences: every 180th block of the three kinds. `sleb` is left out: it measures some 190 losses of two sequences.
 awk 'NR % 180 == 1' "$text/three-train.jsonl" >auto/calibration.jsonl
 cat >auto/recipe.toml <<END
 model = "../../model"
@@ -10,19 +10,20 @@ output = "run"
 
 [calibration]
 data = "calibration.jsonl"
+fraction = 1.0
 
 [plan]
 drop_count = $drop
 strategies = ["auto"]
 
 [plan.auto]
-candidates = ["sleb", "shortgpt", "angular"]
-step_tokens = 8192
+candidates = ["shortgpt", "angular"]
+step_tokens = 4096
 
 [finetune]
 data = "$text/three-train.jsonl"
-samples = 16
-held_back = 0.03
+samples = 8
+held_back = 0.02
 dense = { enabled = false }
 
 [finetune.settings]
@@ -39,4 +40,5 @@ benchmarks = ["one.tsv"]
 [bench]
 enabled = false
 END
-"$interlace" run auto/recipe.toml
+"$interlace" run auto/recipe.toml 2>auto/log || grep -q "has no column \`image\`" auto/log
+grep "^auto:" auto/log
