@@ -1,6 +1,6 @@
 // Compares greedy answers of transformers.js with Hugging Face's, for the tiny network of a family; fails unless all are equal.
 //
-//   python family_cases.py EXPECTED.json dense|pruned | node transformers_js_family.mjs FOLDER
+//   python family_cases.py EXPECTED.json dense|pruned | node transformers_js_family.mjs FOLDER [cpu|webgpu]
 import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { AutoModelForImageTextToText, Tensor, env } from '@huggingface/transformers';
@@ -8,7 +8,7 @@ import { AutoModelForImageTextToText, Tensor, env } from '@huggingface/transform
 const folder = path.resolve(process.argv[2]);
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(folder) + '/';
-const model = await AutoModelForImageTextToText.from_pretrained(path.basename(folder), { dtype: 'fp32', device: 'cpu' });
+const model = await AutoModelForImageTextToText.from_pretrained(path.basename(folder), { dtype: 'fp32', device: process.argv[3] ?? 'cpu' });
 const end = model.generation_config.eos_token_id ?? model.config.eos_token_id;
 const ends = [end].flat();
 

@@ -49,7 +49,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     opset: Option<i64>,
     /// Split tables of embeddings and weights of products above this size, such as 1GB, for devices with a largest buffer;
-    /// another initializer above it is an error [default: unchanged]
+    /// another initializer above it is an error [default: 1GB for webgpu, else unchanged]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     max_buffer: Option<u64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
@@ -58,8 +58,8 @@ pub struct Args {
     /// Model before it was trained, pruned or not; needed with --base for a trained model
     #[arg(long, value_name = "MODEL")]
     dense: Option<PathBuf>,
-    /// Set the largest size of a file of weights, such as 100MB (transformers-js, genai, openvino, safetensors) [default: 5GB
-    /// for safetensors, 2GB for transformers-js, else unlimited]
+    /// Set the largest size of a file of weights, such as 100MB (transformers-js, webgpu, genai, openvino, safetensors)
+    /// [default: 5GB for safetensors, 2GB for transformers-js and webgpu, else unlimited]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated

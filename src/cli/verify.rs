@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use owo_colors::OwoColorize;
 
 use crate::base::Device;
-use crate::eval::{self, CheckStatus};
+use crate::eval::{self, CheckStatus, DeviceLimits};
 use crate::runtime::Runtime;
 
 use super::args::{VariantArgs, amount, model};
@@ -27,6 +27,10 @@ pub struct Args {
     /// [default: unlimited]
     #[arg(long, value_name = "SIZE", value_parser = amount, conflicts_with = "inputs")]
     max_buffer: Option<u64>,
+    /// Check that WebGPU can run the graphs: no initializer above --max-buffer [default with --webgpu: 1GB], and positions that
+    /// ONNX Runtime Web does not read too early
+    #[arg(long, conflicts_with = "inputs")]
+    webgpu: bool,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -34,9 +38,10 @@ pub struct Args {
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let runtime = Runtime::new(args.device)?;
+    let limits = DeviceLimits::new(args.max_buffer, args.webgpu);
     let report = match &args.inputs {
         Some(inputs) => eval::verify_on(model(&args.model, context)?.path(), inputs, &runtime)?,
-        None => eval::verify(&args.variant.source(&args.model, context)?, args.max_buffer, &runtime, &context.cancel)?,
+        None => eval::verify(&args.variant.source(&args.model, context)?, limits, &runtime, &context.cancel)?,
     };
     let output = &context.output;
     if output.json {

@@ -4,6 +4,7 @@ mod agreement;
 mod bench;
 mod chat;
 mod checks;
+mod device;
 mod exact;
 mod figures;
 mod judge;
@@ -26,6 +27,7 @@ pub use bench::{
 };
 pub use chat::{ChatQuestion, JUDGE_KEY, Judge};
 pub use checks::{Check, CheckStatus, VerifyReport};
+pub use device::DeviceLimits;
 pub use judge::{Reference, read_yes_no};
 pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of, needs_judge};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};

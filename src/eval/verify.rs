@@ -9,7 +9,7 @@ use crate::base::{
 };
 use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
-use crate::ir::{self, Model, large_constants};
+use crate::ir::{self, Model};
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
     TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
@@ -21,6 +21,7 @@ use super::agreement::{
     rounding_once, rounding_step, worse,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
+use super::device::{DeviceLimits, device};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name};
 use super::probe::{noise, noise_picture, noise_text, picture_prompt, token_ids};
@@ -28,7 +29,7 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js", "genai", "openvino", "tract", "single-file"];
+const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
 /// Largest difference of outputs in tract, whose kernels add in another order.
 const TRACT_TOLERANCE: f64 = 1e-3;
 /// Largest component for tract, in bytes: tract holds all weights in memory.
@@ -37,12 +38,12 @@ const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
 
-/// Runs every check that applies to the model's files; with `max_buffer`, also that no initializer has more bytes.
+/// Runs every check that applies to the model's files; with `limits`, also whether such a device can run them.
 ///
 /// Errors: as `ModelSource::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
 pub fn verify(
     source: &ModelSource,
-    max_buffer: Option<u64>,
+    limits: Option<DeviceLimits>,
     runtime: &Runtime,
     cancel: &Cancel,
 ) -> Result<VerifyReport> {
@@ -62,15 +63,21 @@ pub fn verify(
         if let Err(error) = component(&bundle, part, runtime, &mut checks) {
             checks.error("graph", &part.file, &error);
         }
-        if let Some(limit) = max_buffer {
-            buffers(&bundle, part, limit, &mut checks)?;
+        if let Some(limits) = limits {
+            device(&bundle, part, limits, &mut checks)?;
         }
         progress.advance(1);
     }
     cancel.check("no report is written")?;
     whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let settings = serde_json::json!({ "device": runtime.device().to_string(), "max_buffer_bytes": max_buffer });
+    let mut settings = serde_json::json!({
+        "device": runtime.device().to_string(),
+        "max_buffer_bytes": limits.map(|limits| limits.max_buffer),
+    });
+    if limits.is_some_and(|limits| limits.webgpu) {
+        settings["webgpu"] = true.into();
+    }
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
             .with_variants("model", bundle.chosen_variants())
@@ -79,22 +86,6 @@ pub fn verify(
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })
-}
-
-/// Checks that no initializer of a graph has more than `limit` bytes.
-fn buffers(bundle: &Bundle, part: &Component, limit: u64, checks: &mut Checks) -> Result<()> {
-    let large = large_constants(&onnx::load(&bundle.path_of(part))?, limit);
-    let large: Vec<String> = large.iter().map(|(name, size)| format!("{name} {}", human_bytes(*size))).collect();
-    let limit = human_bytes(limit);
-    let (status, detail) = match large.is_empty() {
-        true => (CheckStatus::Passed, format!("no initializer is larger than {limit}")),
-        false => {
-            let detail = format!("larger than {limit}: {}; `export --max-buffer` splits them", large.join(", "));
-            (CheckStatus::Failed, detail)
-        }
-    };
-    checks.add("buffers", &part.file, status, detail);
-    Ok(())
 }
 
 /// Checks an export that is no model folder: its files are those of its manifest.

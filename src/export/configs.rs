@@ -67,6 +67,14 @@ pub(super) fn with_chunks(config: &mut Map<String, Value>, chunks: &BTreeMap<Str
     }
 }
 
+/// Sets the device on which transformers.js runs the graphs where the program names none.
+pub(super) fn with_device(config: &mut Map<String, Value>, device: &str) {
+    let js = config.entry("transformers.js_config").or_insert_with(|| Value::Object(Map::new()));
+    if let Value::Object(js) = js {
+        js.insert("device".to_string(), device.into());
+    }
+}
+
 /// The text of a config.
 pub(super) fn pretty(value: &impl serde::Serialize) -> Result<String> {
     serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|e| Error::invalid("a config", e.to_string()))

@@ -8,8 +8,8 @@ mod generate;
 mod hugging_face;
 mod manifest;
 mod nodes;
+mod packing;
 mod plain;
-mod positions;
 mod precision;
 mod record;
 pub mod transformers_js;
@@ -133,6 +133,16 @@ pub const TARGETS: &[ExportTarget] = &[
         without_token_pruner: Some("transformers.js counts image tokens itself and runs no other graph"),
         settings: SPLIT_GRAPHS,
         write: transformers_js::write,
+    },
+    ExportTarget {
+        name: "webgpu",
+        summary: "The same for WebGPU: positions in int32, no weight above 1 GB, `device` set in the config",
+        consumer: "@huggingface/transformers 4.3",
+        library: "transformers.js",
+        writes_variants: true,
+        without_token_pruner: Some("transformers.js counts image tokens itself and runs no other graph"),
+        settings: SPLIT_GRAPHS,
+        write: transformers_js::webgpu,
     },
     ExportTarget {
         name: "generate",

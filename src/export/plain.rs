@@ -7,10 +7,10 @@ use crate::base::{Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{Body, Model, Node, ValueId};
 use crate::onnx;
+use crate::rewrite::narrow_positions;
 
 use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
 use super::configs::{object, pretty, with_chunks};
-use super::positions;
 use super::record::{ExportSettings, ExportedModel, Written};
 
 /// The folder for OpenVINO, which takes the graphs as they are.
@@ -48,7 +48,7 @@ fn microsoft_operators(body: &Body, found: &mut BTreeSet<String>) {
 /// Errors: `Error::Unsupported` for a component that does not fit into one file; as [`write`].
 pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
     write(bundle, settings, root, Weights::Inside, |model| {
-        positions::cast_first(model);
+        narrow_positions(model);
     })
 }
 

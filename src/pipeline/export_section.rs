@@ -42,6 +42,9 @@ pub struct ExportSection {
     /// Splits tables of embeddings and weights of products above this number of bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_buffer: Option<u64>,
+    /// Largest number of bytes of a file of weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_size: Option<u64>,
 }
 
 fn is_default(blocks: &PrecisionSettings) -> bool {
@@ -97,12 +100,13 @@ impl ExportSection {
     }
 
     /// Keys of settings of the graphs, with the flags of `export` and whether they are set.
-    fn graph_settings(&self) -> [(&'static str, &'static str, bool); 4] {
+    fn graph_settings(&self) -> [(&'static str, &'static str, bool); 5] {
         [
             ("standard_ops", "--standard-ops", self.standard_ops),
             ("opset", "--opset", self.opset.is_some()),
             ("max_ir_version", "--max-ir-version", self.max_ir_version.is_some()),
             ("max_buffer", "--max-buffer", self.max_buffer.is_some()),
+            ("shard_size", "--shard-size", self.shard_size.is_some()),
         ]
     }
 
@@ -134,6 +138,7 @@ impl ExportSection {
             opset: self.opset.filter(|_| target.reads("--opset")),
             max_ir_version: self.max_ir_version.filter(|_| target.reads("--max-ir-version")),
             max_buffer_bytes: self.max_buffer.filter(|_| target.reads("--max-buffer")),
+            shard_bytes: self.shard_size.filter(|_| target.reads("--shard-size")),
             ..ExportSettings::default()
         }
     }
@@ -160,6 +165,7 @@ mod tests {
             ("targets = [\"polish\"]", "`polish` is none of"),
             ("targets = [\"safetensors\"]", "export.base"),
             ("opset = 21", "export.opset: is read by none"),
+            ("targets = [\"single-file\"]\nshard_size = 1000", "export.shard_size: is read by none"),
             ("targets = [\"tract\"]\nstandard_ops = true", "export.standard_ops: is read by none"),
             ("max_size = 3", "unknown field `max_size`"),
         ] {
@@ -172,5 +178,10 @@ mod tests {
         let settings = |name: &str| mixed.settings(target_named(name).unwrap());
         assert_eq!((settings("tract").standard_ops, settings("tract").max_ir_version), (false, Some(9)));
         assert!(settings("triton").standard_ops);
+        let web = section("targets = [\"webgpu\", \"tract\"]\nmax_buffer = 134217728\nshard_size = 100000000").unwrap();
+        web.check().unwrap();
+        let settings = |name: &str| web.settings(target_named(name).unwrap());
+        let found = |name: &str| (settings(name).max_buffer_bytes, settings(name).shard_bytes);
+        assert_eq!((found("webgpu"), found("tract")), ((Some(134_217_728), Some(100_000_000)), (None, None)));
     }
 }

@@ -44,7 +44,7 @@ pub use decoder::{CacheSlot, Decoder, KvCache};
 pub use deepstack::missing_deepstack;
 pub use embedding::TokenEmbedding;
 pub use features::{FeatureCache, Features};
-pub use inputs::{Input, InputKind, Training};
+pub use inputs::{Input, InputKind, Training, output_kind};
 pub use library::keep_telemetry_off;
 pub use likelihood::cross_entropy;
 pub use logits::argmax_last;

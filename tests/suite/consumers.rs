@@ -4,9 +4,11 @@ use std::path::Path;
 
 use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
-use interlace::eval::{Check, CheckStatus, verify};
+use interlace::eval::{Check, CheckStatus, DeviceLimits, VerifyReport, verify};
 use interlace::export::{Export, ExportSettings, export, target_named};
-use interlace::onnx;
+use interlace::ir::{AttributeKind, DataType, Model, Node, Value};
+use interlace::onnx::{self, Storage};
+use interlace::rewrite::{casts_wide_positions, narrow_positions};
 use interlace::runtime::{Port, Runtime, SessionOptions};
 
 use super::families::{Family, check_prompts};
@@ -75,6 +77,149 @@ fn tract_computes_what_onnx_runtime_computes() {
     }
 }
 
+fn on_webgpu(folder: &Path, max_buffer: Option<u64>) -> VerifyReport {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let limits = DeviceLimits::new(max_buffer, true);
+    verify(&folder.into(), limits, &runtime, &Cancel::default()).expect("a report")
+}
+
+#[test]
+fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
+    let folder = tempfile::tempdir().expect("folder");
+    let dense = on_webgpu(&model(), None);
+    let of = |report: &VerifyReport, name: &str| -> Vec<Check> {
+        report.checks.iter().filter(|check| check.name == name).cloned().collect()
+    };
+    let positions = of(&dense, "webgpu positions");
+    assert_eq!((dense.passed, positions.len(), positions[0].status), (false, 1, CheckStatus::Failed));
+    assert!(positions[0].detail.contains("--to webgpu"), "{positions:?}");
+
+    let out = folder.path().join("out");
+    let written = to("webgpu", &model(), &out).expect("export");
+    assert_eq!(
+        (written.target.as_str(), written.provenance.settings["max_buffer_bytes"].as_u64()),
+        ("webgpu", Some(1_000_000_000))
+    );
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("config.json")).expect("a config")).expect("JSON");
+    assert_eq!(config["transformers.js_config"]["device"], "webgpu");
+    let report = on_webgpu(&out, None);
+    assert!(report.passed, "{:#?}", report.checks);
+    assert_eq!(of(&report, "webgpu positions")[0].status, CheckStatus::Passed);
+    assert!(of(&report, "buffers").iter().all(|check| check.detail.contains("every WebGPU device")));
+    // 4 bytes for each of 512 tokens of the vocabulary.
+    assert!(of(&report, "webgpu logits")[0].detail.contains("prompt of"), "{report:#?}");
+
+    // The largest weight has more bytes than this buffer.
+    const LIMIT: u64 = 100_000;
+    assert!(!on_webgpu(&out, Some(LIMIT)).passed);
+    let small = folder.path().join("small");
+    let settings = ExportSettings { max_buffer_bytes: Some(LIMIT), ..ExportSettings::default() };
+    let bundle = Bundle::open(&model()).expect("bundle");
+    export(&bundle, target_named("webgpu").expect("a target"), &settings, &small).expect("export");
+    let report = on_webgpu(&small, Some(LIMIT));
+    assert!(report.passed, "{:#?}", report.checks);
+}
+
+/// The shipped model's decoder, changed, in a folder of its own.
+fn changed(folder: &Path, change: fn(&mut Model)) -> std::path::PathBuf {
+    let copy = folder.join("changed");
+    super::tensors::copy_folder(&model(), &copy);
+    let path = copy.join("onnx/decoder_model_merged.onnx");
+    let mut decoder = onnx::load(&model().join("onnx/decoder_model_merged.onnx")).expect("a decoder");
+    change(&mut decoder);
+    let storage = Storage::External { file_name: "decoder_model_merged.onnx_data".into(), chunk_bytes: None };
+    std::fs::remove_file(copy.join("onnx/decoder_model_merged.onnx_data")).expect("removed");
+    onnx::save(&decoder, &path, &storage).expect("saved");
+    copy
+}
+
+/// Reads the positions through a sum, which is not moved behind a cast.
+fn summed_positions(model: &mut Model) {
+    let graph = &mut model.graph;
+    let positions = graph.input("position_ids").expect("positions");
+    let sum = graph.add_value(Value { name: "sum".into(), ..Value::default() });
+    for input in graph.body.nodes.iter_mut().flat_map(|node| &mut node.inputs) {
+        if *input == Some(positions) {
+            *input = Some(sum);
+        }
+    }
+    let node = Node {
+        op_type: "Add".into(),
+        inputs: vec![Some(positions), Some(positions)],
+        outputs: vec![Some(sum)],
+        ..Node::default()
+    };
+    graph.body.nodes.insert(0, node);
+}
+
+/// Casts a weight from bfloat16.
+fn in_bfloat16(model: &mut Model) {
+    let graph = &mut model.graph;
+    let at = graph.body.initializers.iter().position(|(_, tensor)| tensor.dtype == DataType::Float).expect("floats");
+    let (id, tensor) = graph.body.initializers[at].clone();
+    let narrow = graph.add_value(Value { name: "narrow".into(), ..Value::default() });
+    let numbers = tensor.to_f64s().expect("floats");
+    let bytes: Vec<u8> = numbers.iter().flat_map(|x| (((*x as f32).to_bits() >> 16) as u16).to_le_bytes()).collect();
+    let half = interlace::ir::Tensor::from_bytes(DataType::Bfloat16, &tensor.dims, bytes);
+    graph.body.initializers[at] = (narrow, half);
+    let to = (String::from("to"), AttributeKind::Int(DataType::Float as i64).into());
+    let node = Node {
+        op_type: "Cast".into(),
+        inputs: vec![Some(narrow)],
+        outputs: vec![Some(id)],
+        attributes: vec![to],
+        ..Node::default()
+    };
+    graph.body.nodes.insert(0, node);
+}
+
+#[test]
+fn graphs_that_webgpu_computes_wrongly_or_not_at_all_are_refused() {
+    for (change, why) in [(summed_positions as fn(&mut Model), "position_ids"), (in_bfloat16, "bfloat16")] {
+        let folder = tempfile::tempdir().expect("folder");
+        let source = changed(folder.path(), change);
+        let out = folder.path().join("out");
+        to("transformers-js", &source, &folder.path().join("js")).expect("another target takes it");
+        let error = to("webgpu", &source, &out).unwrap_err().to_string();
+        assert!(
+            error.contains(why) && error.contains("decoder_model_merged.onnx") && error.contains("WebGPU"),
+            "{error}"
+        );
+        assert!(!out.exists());
+    }
+}
+
+/// Decoders of all families that transformers.js runs.
+#[test]
+fn positions_of_every_family_are_narrowed() {
+    for archive in [
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "glm_ocr",
+        "idefics3",
+        "lfm2_vl",
+        "llava",
+        "llava_onevision",
+        "mistral3",
+        "moondream",
+        "paligemma",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "smolvlm",
+    ] {
+        let family = Family::open(archive, archive);
+        let bundle = Bundle::open(&family.here().join(archive)).expect("a model");
+        let decoder = bundle.component(interlace::bundle::Role::Decoder).expect("a decoder");
+        let mut decoder = onnx::load(&bundle.path_of(decoder)).expect("a graph");
+        narrow_positions(&mut decoder);
+        assert!(!casts_wide_positions(&decoder), "{archive}");
+    }
+}
+
 /// transformers.js feeds the decoder `inputs_embeds`, mask, positions and caches, and takes one output of the vision encoder.
 #[test]
 fn deepstack_features_reach_a_decoder_that_is_fed_embeddings_alone() {
@@ -102,5 +247,30 @@ fn deepstack_features_reach_a_decoder_that_is_fed_embeddings_alone() {
     }
     // A mask of places is not among what it feeds.
     let error = to("transformers-js", &here.join("qwen3_vl_masked"), &here.join("masked")).unwrap_err().to_string();
+    assert!(error.contains("deepstack_features_0") && error.contains("inputs_embeds"), "{error}");
+}
+
+/// ONNX Runtime GenAI feeds the decoder what its embedding gives, of the width that its config names.
+#[test]
+fn deepstack_features_are_packed_for_genai() {
+    let family = Family::open("qwen3_vl", "qwen3_vl");
+    let here = family.here();
+    family.run(&["prune", "qwen3_vl", "--drop", "1,4", "--deepstack", "shift", "-o", "pruned", "-q"]);
+    for (source, out, key) in [
+        ("qwen3_vl", "genai", "dense"),
+        ("qwen3_vl_packed", "genai-packed", "dense"),
+        ("pruned", "genai-pruned", "pruned"),
+    ] {
+        let out = here.join(out);
+        let written = to("genai", &here.join(source), &out).expect("export");
+        assert!(written.notes.iter().any(|note| note.contains("packed")), "{:?}", written.notes);
+        let config = std::fs::read(out.join("genai_config.json")).expect("a config");
+        let config: serde_json::Value = serde_json::from_slice(&config).expect("JSON");
+        // Three levels behind embeddings of 32 columns.
+        assert_eq!(config["model"]["decoder"]["hidden_size"], 128, "{source}");
+        assert_eq!(config["model"]["type"], "qwen3_vl", "{source}");
+        check_prompts(&family, &out, key);
+    }
+    let error = to("genai", &here.join("qwen3_vl_masked"), &here.join("masked")).unwrap_err().to_string();
     assert!(error.contains("deepstack_features_0") && error.contains("inputs_embeds"), "{error}");
 }

@@ -138,7 +138,7 @@ fn data_files_are_at_most_as_large_as_shard_size_says() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let bundle = Bundle::open(&model).expect("bundle");
     const LIMIT: u64 = 1_500_000;
-    for target in ["transformers-js", "openvino", "genai"] {
+    for target in ["transformers-js", "webgpu", "openvino", "genai"] {
         let out = folder.path().join(target);
         let settings = ExportSettings { shard_bytes: Some(LIMIT), ..ExportSettings::default() };
         export(&bundle, target_named(target).expect("a target"), &settings, &out).expect("export");

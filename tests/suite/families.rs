@@ -57,7 +57,7 @@ impl Family {
     }
 
     /// Layers to drop: `drop`, or `heal_drop` if healing drops others.
-    fn drop_list(&self, key: &str) -> String {
+    pub fn drop_list(&self, key: &str) -> String {
         let drop = self.expected.get(key).unwrap_or(&self.expected["drop"]).as_array().expect("layers");
         drop.iter().map(Value::to_string).collect::<Vec<_>>().join(",")
     }
@@ -69,6 +69,13 @@ impl Family {
             (None, "loss") => &self.expected["learned"]["loss"],
             (None, _) => &self.expected[key],
         }
+    }
+
+    /// The processor with the image back end of the expected values.
+    pub fn processor(&self, bundle: &Bundle) -> Processor {
+        let back_end = text(&self.expected["backend"]).parse::<BackEnd>().expect("a back end");
+        let settings = ImageSettings { back_end: Some(back_end), ..ImageSettings::default() };
+        Processor::open_with(bundle, &settings).expect("a processor")
     }
 
     /// Prompts that Hugging Face's classes accept.

@@ -283,7 +283,7 @@ fn an_unknown_graph_input_takes_a_ready_tensor() {
     same_scores(&scores_of(&original, &data, 4), &scores_of(&bundle, &ready, 4), 0.0);
 }
 
-fn copy_folder(from: &Path, to: &Path) {
+pub fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("folder");
     for entry in fs::read_dir(from).expect("folder") {
         let entry = entry.expect("entry");

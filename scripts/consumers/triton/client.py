@@ -22,12 +22,14 @@ from urllib.request import urlopen
 import numpy as np
 import tritonclient.grpc as rpc
 import tritonclient.http as http
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import encoded, rows  # noqa: E402
 
 TOKENS = 16
+# Names of exporters that leave out the processor's prefix.
+SHORT = {"grid_thw": "image_grid_thw"}
 
 
 def ports(module, arrays):
@@ -87,16 +89,15 @@ def main():
     client, remote = http.InferenceServerClient(web), rpc.InferenceServerClient(grpc)
     server = client.get_server_metadata()
     print(json.dumps({"server": server["version"], "tritonclient": version("tritonclient")}), file=sys.stderr)
-    names = [port["name"] for port in client.get_model_metadata("generate")["inputs"]]
+    types = {port["name"]: triton_to_np_dtype(port["datatype"]) for port in client.get_model_metadata("generate")["inputs"]}
     processor = AutoProcessor.from_pretrained(next(args.repository.glob("*/processor")))
     asked = []
     for index, text, picture in rows(args.bench, args.questions):
         batch = encoded(processor, text, picture)
         arrays = {"input_ids": batch["input_ids"].astype(np.int64), "max_new_tokens": np.array([TOKENS])}
-        for name in names:
+        for name, dtype in types.items():
             if name not in arrays:
-                array = batch[name]
-                arrays[name] = array.astype(bool if name == "pixel_attention_mask" else np.float32)
+                arrays[name] = batch[SHORT.get(name, name)].astype(dtype)
         ids = whole(client, http, arrays)
         assert whole(remote, rpc, arrays) == ids, f"question {index}: gRPC"
         assert streamed(grpc, arrays) == ids, f"question {index}: streamed"

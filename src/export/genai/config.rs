@@ -36,8 +36,13 @@ const TEXT: &[&str] = &[
     "smollm3",
 ];
 /// Models whose positions have three rows, and the type by which GenAI computes them.
-const THREE_ROWS: &[(&str, &str)] =
-    &[("qwen2_vl", "qwen2_5_vl"), ("qwen2_5_vl", "qwen2_5_vl"), ("qwen3_vl", "qwen3_vl"), ("qwen3vl", "qwen3_vl")];
+const THREE_ROWS: &[(&str, &str)] = &[
+    ("qwen2_vl", "qwen2_5_vl"),
+    ("qwen2_5_vl", "qwen2_5_vl"),
+    ("qwen3_vl", "qwen3_vl"),
+    ("qwen3vl", "qwen3_vl"),
+    ("qwen3_vl_moe", "qwen3_vl"),
+];
 /// The type of every other model of pictures and text: a vision encoder, an embedding that merges, and a decoder whose
 /// positions count tokens.
 const PICTURES: &str = "gemma3";

@@ -269,8 +269,7 @@ pub(super) fn merging_embedding(
     })?;
     if decoder_width.is_some_and(|wanted| wanted != width) {
         let problem = format!("gives rows of {width}, the decoder reads rows of {}", decoder_width.unwrap_or(0));
-        return Err(Error::unsupported("the token embedding", problem)
-            .remedy("features that are packed behind the embeddings are not fed by ONNX Runtime GenAI"));
+        return Err(Error::unsupported("the token embedding", problem).remedy("export both from one model"));
     }
     let mut joined = Joined::default();
     let part = joined.part("embedding", model)?;

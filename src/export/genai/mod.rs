@@ -26,6 +26,7 @@ use crate::runtime::{Input, headed};
 use super::components::{chosen, convert, copy, decoder_of, is_carried, size_of, storage, write as write_text};
 use super::configs::{object, pretty, tokenizer_config, with_chunks};
 use super::nodes::only_output;
+use super::packing::Packing;
 use super::record::{ExportSettings, ExportedModel, Written};
 use config::{DECODER_FILE, EMBEDDING_FILE, VISION_FILE};
 use graphs::GenaiFigures;
@@ -55,6 +56,9 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
             continue;
         }
         parts.push((component, onnx::load(&bundle.path_of(component))?));
+    }
+    if pack(&mut parts)? {
+        notes.push("DeepStack features are packed into `inputs_embeds`".to_string());
     }
     let (mut graphs, figures, pictures) = graphs_of(bundle, &parts)?;
     let mut models = BTreeMap::new();
@@ -96,6 +100,24 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         }
     }
     Ok(Written { settings: settings.clone(), models, files, notes, inputs: BTreeMap::new(), weights: None })
+}
+
+/// Puts DeepStack features behind the embeddings, because GenAI feeds the decoder nothing else from the vision encoder. True when
+/// there are any.
+///
+/// Errors: as `Packing::of` and `Packing::apply`.
+fn pack(parts: &mut [(&Component, Model)]) -> Result<bool> {
+    let of = |role: Role| parts.iter().find(|(component, _)| component.role == role).map(|(_, model)| model);
+    let packing = match (of(Role::Decoder), of(Role::EmbedTokens), of(Role::VisionEncoder)) {
+        (Some(decoder), Some(embedding), Some(_)) => Packing::of(decoder, embedding)?,
+        _ => None,
+    };
+    let Some(packing) = packing else { return Ok(false) };
+    for (component, model) in parts {
+        packing.apply(component, model)?;
+        crate::ir::check(model)?;
+    }
+    Ok(true)
 }
 
 /// The graphs, the decoder's figures, and the vision encoder's inputs if the model takes pictures.

@@ -14,18 +14,19 @@
 
 use std::collections::HashMap;
 
-use crate::analysis;
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
 use crate::rewrite::{JoinScope, Joined, JoinedPart};
-use crate::runtime::{Input, InputKind, Port};
+use crate::runtime::{InputKind, Port, TokenTypes};
 
-use super::super::nodes::{
-    any, cast, graph_input, inputs_of, ints, only_output, refused, scalar, symbol, tensor, with_rows_at,
-};
+use super::super::nodes::{any, cast, graph_input, ints, refused, scalar, symbol, tensor};
+use super::embedding::Embedding;
+use super::merge::{Rows, VisionPorts, at_image_tokens, padded};
+use super::ports::{DecoderPorts, is_side};
 use super::positions::{self, Grids, Pictures};
 use super::pruned::kept_tokens;
 use super::sampling::Sampling;
+use super::sides::Tokens;
 
 /// Prompt token ids, `[1, T]`.
 pub const INPUT_IDS: &str = "input_ids";
@@ -56,6 +57,8 @@ pub struct TokenIds<'a> {
     pub head_dim: Option<usize>,
     /// Side of the square of patches that makes one token, for positions in three rows.
     pub merge: Option<i64>,
+    /// Meaning of `token_type_ids`.
+    pub token_types: TokenTypes,
 }
 
 /// One graph from pictures and prompt to the ids of the answer: the likeliest tokens, or drawn ones where the request has a
@@ -78,24 +81,35 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
     let mut main = JoinScope::new(&mut joined);
     let (mut rows, mut grids, mut kept) = (None, None, None);
+    let width = embedding.as_ref().and_then(|embedding| embedding.ports.main.1.width());
+    let mut tokens = Tokens {
+        ids: input_ids,
+        in_prompt: true,
+        image: ids.image.filter(|_| vision.is_some()),
+        deepstack: None,
+        per_layer: None,
+        width,
+        types: ids.token_types,
+    };
+    let mut features = Vec::new();
     if let Some(embedding) = &embedding {
-        let own = embedding.rows(&mut main, "prompt", input_ids)?;
+        let own = embedding.embedded(&mut main, "prompt", input_ids)?;
+        tokens.per_layer = embedding.second(own.per_layer);
+        let rows_of_ids = Rows { ids: input_ids, values: own.rows, dtype: embedding.dtype(), width };
         rows = Some(match &vision {
-            None => own,
+            None => padded(&mut main, (own.rows, embedding.dtype()), input_ids, packed_columns(&decoder, width)?),
             Some((part, model)) => {
-                let rows = Rows {
-                    ids: input_ids,
-                    values: own,
-                    dtype: embedding.output.dtype,
-                    width: embedding.output.width(),
-                };
                 let pictures = Pictures::inputs(&mut main, model)?;
                 let three = decoder.reads(InputKind::PositionIds).filter(|port| port.rank() == 3);
                 let of = (ids.image, ids.merge);
                 grids = three.map(|port| pictures.grids(&mut main, port, of)).transpose()?;
-                let values = with_features(&mut main, (part, model), &pictures, ids.image, &rows)?;
+                let outputs = |with: &mut JoinScope<'_>| with.inline(part, "vision_encoder", &pictures.bound);
+                let ports = VisionPorts::of(model)?;
+                let merged = at_image_tokens(&mut main, &rows_of_ids, &decoder, &ports, ids.image, outputs)?;
+                let values = merged.values;
+                features = merged.deepstack;
                 if let (Some((part, model)), Some(image)) = (&pruner, ids.image) {
-                    kept = Some(kept_tokens(&mut main, (part, model), image, &Rows { values, ..rows })?);
+                    kept = Some(kept_tokens(&mut main, (part, model), image, &Rows { values, ..rows_of_ids })?);
                 }
                 values
             }
@@ -107,17 +121,18 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
         )
         .remedy("export the decoder with `inputs_embeds` and the embedding as a graph of its own"));
     }
+    tokens.deepstack = Some(&features);
     if ids.end.is_empty() {
         return Err(Error::unsupported("`generation_config.json`", "names no end token, so no answer would end")
             .remedy("add `eos_token_id`"));
     }
-    let start = Carried::start(&mut main, &decoder, input_ids, (rows, grids), ids.head_dim)?;
+    let start = Carried::start(&mut main, &decoder, &tokens, (rows, grids), ids.head_dim)?;
     let start = match kept {
-        Some(kept) => start.of_kept(&mut main, kept),
+        Some(kept) => start.of_kept(&mut main, &decoder, kept)?,
         None => start,
     };
-    let tokens =
-        answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, &Request { limit, end, sampling })?;
+    let request = Request { limit, end, sampling, token_types: ids.token_types };
+    let tokens = answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, &request)?;
     let output = without_end(&mut main, tokens, (end, ids.end.len()));
     let nodes = main.nodes;
     let graph = &mut joined.model.graph;
@@ -129,179 +144,21 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     Ok(joined.model)
 }
 
-/// The decoder's inputs and outputs.
-pub(in crate::export) struct DecoderPorts {
-    pub(in crate::export) inputs: Vec<(ValueId, Input)>,
-    /// Cache inputs with the positions of their outputs in the graph's signature.
-    pub(in crate::export) caches: Vec<(ValueId, Port, usize)>,
-    /// Position of the logits in the graph's outputs.
-    logits: usize,
-    /// Element type of the logits.
-    pub(in crate::export) logits_type: DataType,
+/// Columns of DeepStack features behind embeddings of this width.
+fn packed_columns(decoder: &DecoderPorts, width: Option<usize>) -> Result<usize> {
+    Ok(decoder.packed_levels(width)? * width.unwrap_or(0))
 }
 
-impl DecoderPorts {
-    /// Errors: `Error::Unsupported` for an input that the loop cannot compute, or without a cache.
-    pub(in crate::export) fn of_decoder(model: &Model) -> Result<Self> {
-        let graph = &model.graph;
-        let analysis = analysis::analyse(model)?;
-        let name = |id: ValueId| analysis.model.graph.name(id).to_string();
-        let pairs = analysis.map.layers.iter().flat_map(|layer| &layer.ports);
-        let pairs: HashMap<String, String> =
-            pairs.filter_map(|port| Some((name(port.past?), name(port.present?)))).collect();
-        let place = |name: &str| graph.body.outputs.iter().position(|&id| graph.name(id) == name);
-        let mut caches = Vec::new();
-        let mut inputs = Vec::new();
-        for (id, input) in inputs_of("decoder", model)? {
-            match input.kind() {
-                InputKind::InputsEmbeds
-                | InputKind::InputIds
-                | InputKind::AttentionMask
-                | InputKind::CachePosition
-                | InputKind::UseCacheBranch
-                | InputKind::LogitsToKeep => inputs.push((id, input)),
-                InputKind::PositionIds if input.port.rank() == 2 => inputs.push((id, input)),
-                InputKind::PositionIds
-                    if input.port.rank() == 3 && input.port.fixed_size(0).is_none_or(|rows| rows == 3) =>
-                {
-                    inputs.push((id, input));
-                }
-                InputKind::Past => {
-                    let present = pairs.get(graph.name(id)).and_then(|present| place(present));
-                    let present = present.ok_or_else(|| refused(&input.port, "has no output that continues it"))?;
-                    caches.push((id, input.port, present));
-                }
-                _ => return Err(refused(&input.port, "is not computed inside a loop")),
-            }
-        }
-        let of = |kind: InputKind| inputs.iter().map(|(_, input)| input).find(|input| input.kind() == kind);
-        if let (Some(rows), Some(columns)) = (of(InputKind::PositionIds), of(InputKind::CachePosition))
-            && rows.port.rank() == 3
-        {
-            return Err(refused(&columns.port, "is not computed beside positions in three rows"));
-        }
-        if caches.is_empty() {
-            return Err(Error::unsupported("the decoder", "has no cache inputs, so a loop cannot continue a prompt")
-                .remedy("export the decoder with its cache"));
-        }
-        let logits = place("logits").ok_or_else(|| {
-            Error::unsupported("the decoder", "has no output `logits`").remedy("name its output of logits `logits`")
-        })?;
-        let logits_type = Port::of_value(graph, graph.body.outputs[logits]).map_or(DataType::Float, |port| port.dtype);
-        Ok(DecoderPorts { inputs, caches, logits, logits_type })
-    }
-
-    /// Axes of the positions: 3 for three rows.
-    pub(in crate::export) fn position_rank(&self) -> usize {
-        self.reads(InputKind::PositionIds).map_or(2, Port::rank)
-    }
-
-    pub(in crate::export) fn reads(&self, kind: InputKind) -> Option<&Port> {
-        self.inputs.iter().find(|(_, input)| input.kind() == kind).map(|(_, input)| &input.port)
-    }
-}
-
-/// The token embedding.
-struct Embedding<'a> {
-    part: JoinedPart<'a>,
-    input: (ValueId, DataType),
-    /// The embeddings.
-    output: Port,
-}
-
-impl<'a> Embedding<'a> {
-    fn new(joined: &mut Joined, model: &'a Model) -> Result<Self> {
-        let inputs = inputs_of("embed_tokens", model)?;
-        let ids = match &inputs[..] {
-            [(id, input)] if input.kind() == InputKind::InputIds => (*id, input.port.dtype),
-            _ => {
-                let names: Vec<&str> = inputs.iter().map(|(_, input)| input.port.name.as_str()).collect();
-                let problem = format!("reads {}, expected `input_ids` alone", names.join(", "));
-                return Err(
-                    Error::unsupported("the token embedding", problem).remedy("use the components of another target")
-                );
-            }
-        };
-        let output = only_output("the token embedding", model)?;
-        Ok(Embedding { part: joined.part("embedding", model)?, input: ids, output })
-    }
-
-    /// `[1, T, D]` embeddings of `[1, T]` ids.
-    fn rows(&self, scope: &mut JoinScope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
-        let ids = cast(scope, ids, DataType::Int64, self.input.1);
-        let outputs = scope.inline(&self.part, &format!("embedding_{copy}"), &HashMap::from([(self.input.0, ids)]))?;
-        Ok(outputs[0])
-    }
-}
-
-/// The embeddings of a prompt.
-pub(in crate::export) struct Rows {
-    /// `[1, T]` token ids.
-    pub ids: ValueId,
-    /// `[1, T, D]` embeddings.
-    pub values: ValueId,
-    pub dtype: DataType,
-    /// `D`, where the graph fixes it.
-    pub width: Option<usize>,
-}
-
-/// The embeddings with the features of the pictures at the image tokens. Without image tokens the vision encoder does
-/// not run.
-fn with_features(
-    scope: &mut JoinScope<'_>,
-    (part, model): (&JoinedPart<'_>, &Model),
-    pictures: &Pictures,
-    image: Option<i64>,
-    rows: &Rows,
-) -> Result<ValueId> {
-    let image = image.ok_or_else(|| {
-        Error::invalid("`config.json`", "names no image token").remedy("add `image_token_id` to `config.json`")
-    })?;
-    let output = only_output("the vision encoder", model)?;
-    let width = output.width().or(rows.width).ok_or_else(|| {
-        Error::unsupported("the vision encoder", "does not declare the width of its features")
-            .remedy("export it with a fixed width")
-    })?;
-    let features =
-        |with: &mut JoinScope<'_>| Ok((with.inline(part, "vision_encoder", &pictures.bound)?[0], output.dtype));
-    at_image_tokens(scope, rows, (image, width), features)
-}
-
-/// The embeddings with features `[.., width]` at the image tokens, and unchanged without image tokens, where the nodes of
-/// `features` do not run.
-pub(in crate::export) fn at_image_tokens(
-    scope: &mut JoinScope<'_>,
-    rows: &Rows,
-    (image, width): (i64, usize),
-    features: impl FnOnce(&mut JoinScope<'_>) -> Result<(ValueId, DataType)>,
-) -> Result<ValueId> {
-    let image = scalar(scope, "image_id", image);
-    let is_image = scope.op("is_image", "Equal", &[rows.ids, image], &[]);
-    let pictured = any(scope, is_image);
-    let shape = ints(scope, "rows_of_features", &[-1, width as i64]);
-
-    let mut with = JoinScope::new(&mut *scope.joined);
-    let (features, dtype) = features(&mut with)?;
-    let features = with.op("features", "Reshape", &[features, shape], &[]);
-    let features = cast(&mut with, features, dtype, rows.dtype);
-    let merged = with_rows_at(&mut with, rows.values, is_image, features);
-    let with = Body { name: "with_pictures".into(), nodes: with.nodes, outputs: vec![merged], ..Body::default() };
-    let mut without = JoinScope::new(&mut *scope.joined);
-    let same = without.op("text", "Identity", &[rows.values], &[]);
-    let without = Body { name: "text_only".into(), nodes: without.nodes, outputs: vec![same], ..Body::default() };
-    let embedded = scope.joined.value("embedded");
-    scope.control("If", &[pictured], &[embedded], vec![("then_branch", with), ("else_branch", without)]);
-    Ok(embedded)
-}
-
-/// The loop's state before an iteration, in a fixed order: ids or embeddings, mask, position, caches.
+/// The loop's state before an iteration, in a fixed order: ids or embeddings, mask, position, side inputs, caches.
 pub(in crate::export) struct Carried {
     ids: Option<ValueId>,
     rows: Option<ValueId>,
     /// `[1, past + T]` of int64.
     mask: ValueId,
     /// `[1, T]` or `[3, 1, T]` of int64.
-    positions: ValueId,
+    pub(in crate::export) positions: ValueId,
+    /// The decoder's side inputs, in their order and types.
+    sides: Vec<ValueId>,
     pub(in crate::export) caches: Vec<ValueId>,
 }
 
@@ -310,10 +167,11 @@ impl Carried {
     pub(in crate::export) fn start(
         scope: &mut JoinScope<'_>,
         decoder: &DecoderPorts,
-        input_ids: ValueId,
+        tokens: &Tokens<'_>,
         (rows, grids): (Option<ValueId>, Option<Grids>),
         head_dim: Option<usize>,
     ) -> Result<Self> {
+        let input_ids = tokens.ids;
         let shape = scope.op("prompt_shape", "Shape", &[input_ids], &[]);
         let one = Tensor::from_i64(&[1], &[1]);
         let mask = scope.op("mask", "ConstantOfShape", &[shape], &[("value", AttributeKind::Tensor(one))]);
@@ -338,27 +196,40 @@ impl Carried {
                 .remedy("add it to the model's folder as `embed_tokens.onnx`"));
         }
         let rows = rows.filter(|_| decoder.reads(InputKind::InputsEmbeds).is_some());
-        Ok(Carried { ids: reads_ids.then_some(input_ids), rows, mask, positions, caches })
+        let sides = tokens.sides(scope, decoder)?;
+        Ok(Carried { ids: reads_ids.then_some(input_ids), rows, mask, positions, sides, caches })
     }
 
     /// The tokens of the prompt at these positions, each with its place in the whole prompt.
-    fn of_kept(self, scope: &mut JoinScope<'_>, kept: ValueId) -> Self {
+    ///
+    /// Errors: `Error::Unsupported` for DeepStack features of the image tokens alone.
+    fn of_kept(self, scope: &mut JoinScope<'_>, decoder: &DecoderPorts, kept: ValueId) -> Result<Self> {
         let mut of = |value: ValueId, axis: i64| {
             scope.op("kept", "Gather", &[value, kept], &[("axis", AttributeKind::Int(axis))])
         };
-        Carried {
+        let mut sides = Vec::new();
+        for (input, value) in decoder.sides().zip(self.sides) {
+            let (stacked, rank) = (input.is_stacked(), input.port.rank());
+            if input.kind() == InputKind::Deepstack && rank - usize::from(stacked) != 3 {
+                return Err(refused(&input.port, "has rows of image tokens alone, some of which are left out"));
+            }
+            sides.push(of(value, 1 + i64::from(stacked)));
+        }
+        Ok(Carried {
             ids: self.ids.map(|ids| of(ids, 1)),
             rows: self.rows.map(|rows| of(rows, 1)),
             mask: of(self.mask, 1),
             positions: of(self.positions, -1),
+            sides,
             caches: self.caches,
-        }
+        })
     }
 
     /// All values in order.
     fn values(&self) -> Vec<ValueId> {
         let first = self.ids.iter().chain(&self.rows).copied();
-        first.chain([self.mask, self.positions]).chain(self.caches.iter().copied()).collect()
+        let state = first.chain([self.mask, self.positions]).chain(self.sides.iter().copied());
+        state.chain(self.caches.iter().copied()).collect()
     }
 
     /// The body's inputs for this state.
@@ -373,6 +244,7 @@ impl Carried {
             rows: self.rows.map(|_| input("step_embeds", rows, 3)),
             mask: input("step_mask", DataType::Int64, 2),
             positions: input("step_positions", DataType::Int64, decoder.position_rank()),
+            sides: decoder.sides().map(|side| input("step_side", side.port.dtype, side.port.rank())).collect(),
             caches: decoder.caches.iter().map(|(_, port, _)| input("step_past", port.dtype, port.rank())).collect(),
         }
     }
@@ -399,6 +271,7 @@ struct Request {
     /// `[E]` tokens that end an answer.
     end: ValueId,
     sampling: Sampling,
+    token_types: TokenTypes,
 }
 
 /// Runs the decoder until it gives an end token or the most tokens; `[N, 1]` tokens.
@@ -411,23 +284,30 @@ fn answer_loop(
     request: &Request,
 ) -> Result<ValueId> {
     let begun = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
-    let here =
-        start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, |embedding| embedding.output.dtype));
+    let here = start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, Embedding::dtype));
     let (iteration, condition) = (scope.joined.value("iteration"), scope.joined.value("condition"));
     for (id, dtype) in [(iteration, DataType::Int64), (condition, DataType::Bool)] {
         scope.joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &[]));
     }
     let mut body = JoinScope::new(&mut *scope.joined);
-    let embeds = embedding.map(|embedding| embedding.output.dtype);
+    let embeds = embedding.map(Embedding::dtype);
     let bound = fed(&mut body, decoder, &here, iteration, embeds);
     let outputs = body.inline(part, "step", &bound)?;
     let logits = (outputs[decoder.logits], decoder.logits_type);
     let (token, goes_on) = chosen(&mut body, logits, request, iteration);
     let answer = flat(&mut body, token);
-    let rows = match (embedding, here.rows) {
-        (Some(embedding), Some(_)) => Some(embedding.rows(&mut body, "step", token)?),
+    let width = embedding.and_then(|embedding| embedding.ports.main.1.width());
+    let embedded = match (embedding, here.rows) {
+        (Some(embedding), Some(_)) => Some((embedding, embedding.embedded(&mut body, "step", token)?)),
         _ => None,
     };
+    let columns = packed_columns(decoder, width)?;
+    let rows =
+        embedded.as_ref().map(|(embedding, own)| padded(&mut body, (own.rows, embedding.dtype()), token, columns));
+    let per_layer = embedded.as_ref().and_then(|(embedding, own)| embedding.second(own.per_layer));
+    let types = request.token_types;
+    let next = Tokens { ids: token, in_prompt: false, image: None, deepstack: None, per_layer, width, types };
+    let sides = next.sides(&mut body, decoder)?;
     let ones = body.joined.constant("ones", Tensor::from_i64(&[1, 1], &[1]));
     let along_time = [("axis", AttributeKind::Int(1))];
     let next = Carried {
@@ -435,6 +315,7 @@ fn answer_loop(
         rows,
         mask: body.op("next_mask", "Concat", &[here.mask, ones], &along_time),
         positions: positions::next(&mut body, here.positions, decoder.position_rank()),
+        sides,
         caches: decoder.caches.iter().map(|(_, _, present)| outputs[*present]).collect(),
     };
     let nodes = body.nodes;
@@ -458,7 +339,9 @@ pub(in crate::export) fn fed(
     embeds: Option<DataType>,
 ) -> HashMap<ValueId, ValueId> {
     let mut bound = HashMap::new();
-    for (id, input) in &decoder.inputs {
+    let sides = decoder.inputs.iter().filter(|(_, input)| is_side(input.kind()));
+    bound.extend(sides.zip(&here.sides).map(|((id, _), &value)| (*id, value)));
+    for (id, input) in decoder.inputs.iter().filter(|(_, input)| !is_side(input.kind())) {
         let (dtype, rank) = (input.port.dtype, input.port.rank());
         let (value, from) = match input.kind() {
             InputKind::InputsEmbeds => (here.rows.unwrap_or(here.mask), embeds.unwrap_or(dtype)),

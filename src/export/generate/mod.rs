@@ -9,10 +9,14 @@
 //!   onnx/weights.onnx_data           the weights of all of them, once
 //! ```
 
+pub(super) mod embedding;
 pub(super) mod graph;
-mod positions;
+pub(super) mod merge;
+pub(super) mod ports;
+pub(super) mod positions;
 mod pruned;
 mod sampling;
+pub(super) mod sides;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +26,7 @@ use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx;
 use crate::rewrite::raise_opset;
-use crate::runtime::headed;
+use crate::runtime::{TokenTypes, headed};
 
 use super::components::{chosen, convert, copy, create, decoder_of, size_of};
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -89,6 +93,7 @@ pub(super) fn token_ids(bundle: &Bundle) -> TokenIds<'_> {
         end: config.map_or(&[], |config| &config.eos_token_ids),
         head_dim: config.and_then(|config| config.head_size()),
         merge: config.and_then(|config| config.spatial_merge_size).map(|merge| merge as i64),
+        token_types: config.map(TokenTypes::of).unwrap_or_default(),
     }
 }
 

@@ -145,11 +145,16 @@ pub(super) fn three_rows(scope: &mut JoinScope<'_>, ids: ValueId, of: &Grids) ->
     scope.op("positions", "Concat", &rows, &first_axis)
 }
 
-/// The positions of the token behind those of `positions`: one more than the largest, `[1, 1]` or `[3, 1, 1]`.
-pub(super) fn next(scope: &mut JoinScope<'_>, positions: ValueId, rank: usize) -> ValueId {
+/// The position of the token behind those of `positions`, one more than the largest: `[1]`.
+pub(in crate::export) fn behind(scope: &mut JoinScope<'_>, positions: ValueId, name: &str) -> ValueId {
     let one = ints(scope, "one", &[1]);
     let most = scope.op("last_position", "ReduceMax", &[positions], &[("keepdims", AttributeKind::Int(0))]);
-    let next = scope.op("next_position", "Add", &[most, one], &[]);
+    scope.op(name, "Add", &[most, one], &[])
+}
+
+/// The positions of that token, `[1, 1]` or `[3, 1, 1]`.
+pub(super) fn next(scope: &mut JoinScope<'_>, positions: ValueId, rank: usize) -> ValueId {
+    let next = behind(scope, positions, "next_position");
     let shape = ints(scope, "position_cell", if rank == 3 { &[3, 1, 1] } else { &[1, 1] });
     scope.op("next_position", "Expand", &[next, shape], &[])
 }

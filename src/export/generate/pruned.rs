@@ -10,7 +10,7 @@ use crate::rewrite::{
 use crate::runtime::Port;
 
 use super::super::nodes::{any, cast, graph_input, ints, scalar, symbol};
-use super::graph::Rows;
+use super::merge::Rows;
 
 /// Positions of the prompt's tokens that stay, `[K]`; all of them for a prompt without pictures. The graph gets an input with the
 /// number of image tokens of each picture.

@@ -7,18 +7,19 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-use super::super::configs::{object, tokenizer_config, with_chunks};
+use super::super::configs::{object, tokenizer_config, with_chunks, with_device};
 
 type Object = Map<String, Value>;
 
 /// The configs in the form that transformers.js requires, by file name. `chunks` is the number of
-/// data files of each ONNX file.
+/// data files of each ONNX file, `device` the one to run on where the program names none.
 ///
 /// Errors: `Error::Invalid` naming the missing entry and the files searched.
 pub(super) fn rewritten(
     bundle: &Bundle,
     has_vision: bool,
     chunks: &BTreeMap<String, usize>,
+    device: Option<&str>,
 ) -> Result<BTreeMap<String, String>> {
     let mut texts = BTreeMap::new();
     let mut add = |name: &str, object: Object| -> Result<()> {
@@ -30,6 +31,9 @@ pub(super) fn rewritten(
     let read = |name: &str| object(bundle, name);
     if let Some(mut config) = read("config.json")? {
         with_chunks(&mut config, chunks);
+        if let Some(device) = device {
+            with_device(&mut config, device);
+        }
         add("config.json", config)?;
     }
     let tokenizer = tokenizer_config(bundle)?;

@@ -12,8 +12,8 @@
 //! Source of the names: transformers.js 4.3, `models/session_config.js`, `utils/dtypes.js` and `utils/model-loader.js`.
 
 mod configs;
-mod deepstack;
 mod rules;
+mod webgpu;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,11 +21,11 @@ use std::path::Path;
 use crate::base::{Error, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::onnx;
+use crate::rewrite::narrow_positions;
 
 use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
-use super::positions;
+use super::packing::Packing;
 use super::record::{ExportSettings, ExportedModel, Written};
-use deepstack::Packing;
 
 /// Largest data file in bytes: browsers hold at most 2 GiB in one buffer.
 const CHUNK_BYTES: u64 = 2_000_000_000;
@@ -38,6 +38,28 @@ const INLINE_BYTES: u64 = 256 << 20;
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    write_for(bundle, settings, root, Device::Any)
+}
+
+/// The same for WebGPU alone.
+///
+/// Errors: as [`write`]; `Error::Unsupported` for a graph that WebGPU does not compute, and for a weight above the largest buffer
+/// that cannot be split.
+pub(super) fn webgpu(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    let limit = settings.max_buffer_bytes.unwrap_or(webgpu::MAX_BUFFER_BYTES);
+    write_for(bundle, &ExportSettings { max_buffer_bytes: Some(limit), ..settings.clone() }, root, Device::WebGpu)
+}
+
+/// Where transformers.js runs the graphs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Device {
+    /// On the device that the program names.
+    Any,
+    /// On WebGPU, unless the program names another.
+    WebGpu,
+}
+
+fn write_for(bundle: &Bundle, settings: &ExportSettings, root: &Path, device: Device) -> Result<Written> {
     let kind = rules::class_of(bundle)?;
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
@@ -67,8 +89,11 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
             notes.push("DeepStack features are packed into `inputs_embeds`".to_string());
         }
         rules::check_ports(component, &model, bundle.config(), packing.is_some(), &mut notes)?;
-        positions::cast_first(&mut model);
+        narrow_positions(&mut model);
         convert(&file, &mut model, settings)?;
+        if device == Device::WebGpu {
+            webgpu::check(component, &model)?;
+        }
         let inline = component.external.is_empty() && bundle.size_bytes(component)? <= INLINE_BYTES;
         let storage = storage(&model, settings, inline, format!("{file}_data"), Some(CHUNK_BYTES))?;
         let data = onnx::save(&model, &folder.join(&file), &storage)?;
@@ -79,7 +104,8 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         models.insert(file, ExportedModel::new(component, &model, size_bytes));
     }
     let has_vision = bundle.component(Role::VisionEncoder).is_some();
-    let texts = configs::rewritten(bundle, has_vision, &chunks)?;
+    let device = (device == Device::WebGpu).then_some(webgpu::DEVICE);
+    let texts = configs::rewritten(bundle, has_vision, &chunks, device)?;
     let mut files = BTreeMap::new();
     for (path, text) in &texts {
         write_text(&root.join(path), text)?;

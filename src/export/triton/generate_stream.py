@@ -33,7 +33,12 @@ class TritonPythonModel:
         if limit < 1:
             return
         pictures = [tensor(request, name) for name in self.settings["pictures"]]
-        outputs = run(self.settings["prefill"], [ids, *pictures], ["logits", *self.presents])
+        position, wanted = length, ["logits", *self.presents]
+        if self.settings["positions_in_rows"]:
+            wanted.append("next_position")
+        outputs = run(self.settings["prefill"], [ids, *pictures], wanted)
+        if self.settings["positions_in_rows"]:
+            position = int(outputs["next_position"].as_numpy()[0])
         for number in range(limit):
             token = int(outputs["logits"].as_numpy()[0, -1].astype(np.float32).argmax())
             if token in self.settings["end_ids"] or sender.is_cancelled():
@@ -41,23 +46,23 @@ class TritonPythonModel:
             answer = pb_utils.Tensor("generated_ids", np.array([token], np.int64))
             sender.send(pb_utils.InferenceResponse(output_tensors=[answer]))
             if number + 1 < limit:
-                outputs = self.step(token, length + number, outputs)
+                outputs = self.step(token, length + number, position + number, outputs)
 
-    def step(self, token, past, before):
-        """Logits and caches after `token` behind `past` positions."""
-        source, rows = self.settings["embedding_ports"]
+    def step(self, token, past, position, before):
+        """Logits and caches after `token` at `position`, behind `past` tokens."""
         ids = np.array([[token]], np.int64)
+        embedded = self.embedded(ids)
         inputs = []
         for port in self.settings["decoder_inputs"]:
-            if port["kind"] == "embeddings":
-                embedded = run(self.settings["embedding"], [pb_utils.Tensor(source, ids)], [rows])[rows]
-                inputs.append(renamed(embedded, port["name"]))
+            if port["kind"] in embedded:
+                inputs.append(renamed(embedded[port["kind"]], port["name"]))
                 continue
             values = {
                 "ids": ids,
                 "mask": np.ones((1, past + 1)),
-                "positions": np.array([[past]]),
+                "positions": np.full((3, 1, 1) if self.settings["positions_in_rows"] else (1, 1), position),
                 "cache_position": np.array([past]),
+                "zero": np.zeros(port.get("shape", [1] * port["axes"])),
                 "one": np.ones([1] * port["axes"]),
                 "true": np.ones([1] * port["axes"]),
             }
@@ -65,6 +70,17 @@ class TritonPythonModel:
         for name, present in self.settings["caches"]:
             inputs.append(renamed(before[present], name))
         return run(self.settings["decoder"], inputs, ["logits", *self.presents])
+
+    def embedded(self, ids):
+        """The outputs of the token embedding by their kind."""
+        ports = self.settings["embedding_ports"]
+        names = {kind: ports[kind] for kind in ("embeddings", "second_embeddings") if ports[kind]}
+        outputs = run(self.settings["embedding"], [pb_utils.Tensor(ports["ids"], ids.astype(ports["type"]))], list(names.values()))
+        found = {kind: outputs[name] for kind, name in names.items()}
+        if ports["padding"]:
+            rows = np.pad(found["embeddings"].as_numpy(), ((0, 0), (0, 0), (0, ports["padding"])))
+            found["embeddings"] = pb_utils.Tensor(ports["embeddings"], rows)
+        return found
 
 
 def tensor(request, name):

@@ -154,14 +154,14 @@ impl Repository<'_> {
             self.notes.push("the repository has no `prefill`, which joins pictures and text".into());
             return Ok(());
         };
-        let merge = match prompt::merge_embeddings(&graphs, &ids) {
-            Ok(merge) => self.add(MERGE.into(), component, merge, true)?,
+        let (merge, sources) = match prompt::merge_embeddings(&graphs, &ids) {
+            Ok(merge) => (self.add(MERGE.into(), component, merge.model, true)?, merge.sources),
             Err(error) => {
                 self.notes.push(format!("the repository has no `prefill` and no `generate_stream`: {error}"));
                 return Ok(());
             }
         };
-        let mut prefill = whole::prefill(vision, embedding, &merge, decoder)?;
+        let mut prefill = whole::prefill(vision, embedding, (&merge, &sources), decoder)?;
         self.settings.serving.apply_versions(&mut prefill);
         create(&self.root.join(whole::PREFILL).join("1"))?;
         self.configure(whole::PREFILL, &prefill)?;

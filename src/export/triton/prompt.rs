@@ -1,24 +1,46 @@
-//! `merge_embeddings`: all that the decoder reads for a prompt, from token embeddings and features of pictures.
+//! `merge_embeddings`: all that the decoder reads for a prompt, from the outputs of token embedding and vision encoder.
 
 use crate::base::{Error, Result};
-use crate::ir::{Dim, Model, ValueId};
+use crate::ir::{DataType, Dim, Model, ValueId};
+use crate::prompt::IMAGE_GRID_THW;
 use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{InputKind, Port};
 
-use super::super::generate::graph::{Carried, DecoderPorts, Graphs, INPUT_IDS, Rows, TokenIds, at_image_tokens, fed};
-use super::super::nodes::{graph_input, inputs_of, only_output, scalar, symbol, tensor};
+use super::super::generate::embedding::EmbeddingPorts;
+use super::super::generate::graph::{Carried, Graphs, INPUT_IDS, TokenIds, fed};
+use super::super::generate::merge::{Rows, VisionPorts, at_image_tokens};
+use super::super::generate::ports::DecoderPorts;
+use super::super::generate::positions::{self, Grids};
+use super::super::generate::sides::Tokens;
+use super::super::nodes::{cast, graph_input, inputs_of, refused, scalar, symbol, tensor};
 
-/// The token embeddings, `[1, T, D]`.
-pub(super) const TOKEN_EMBEDS: &str = "token_embeds";
-/// The vision encoder's output.
-pub(super) const IMAGE_FEATURES: &str = "image_features";
+/// The position of the token behind the prompt, an output of the same name for positions in three rows.
+pub(super) const NEXT_POSITION: &str = "next_position";
 
-/// `input_ids` `[1, T]`, `token_embeds` `[1, T, D]`, `image_features` -> the decoder's inputs for the whole prompt, empty
-/// caches among them, under the decoder's own names. A prompt without image tokens ignores the features.
+/// What an input of [`Merge`] is fed.
+pub(super) enum MergeInput {
+    /// The prompt's token ids.
+    Ids,
+    /// An output of the token embedding.
+    Embedding(String),
+    /// An output of the vision encoder.
+    Vision(String),
+    /// An input of the vision encoder.
+    Picture(String),
+}
+
+/// The graph and what its inputs are fed, in order.
+pub(super) struct Merge {
+    pub model: Model,
+    pub sources: Vec<(String, MergeInput)>,
+}
+
+/// Token ids `[1, T]`, their embeddings `[1, T, D]`, the vision encoder's outputs and the pictures' grids -> the decoder's inputs for
+/// the whole prompt, empty caches among them, under the decoder's own names. A prompt without image tokens ignores the features.
 ///
 /// Errors: `Error::Unsupported` naming an input of the decoder that is not computed from these, or a component that the
 /// model lacks.
-pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model> {
+pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Merge> {
     let decoder = DecoderPorts::of_decoder(graphs.decoder)?;
     let (Some(embedding), Some(vision)) = (graphs.embedding, graphs.vision) else {
         return Err(Error::unsupported("the model", "has no separate token embedding and vision encoder"));
@@ -26,38 +48,75 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     if decoder.reads(InputKind::InputIds).is_some() {
         return Err(Error::unsupported("the decoder", "embeds token ids itself"));
     }
-    let image = ids.image.ok_or_else(|| {
-        Error::invalid("`config.json`", "names no image token").remedy("add `image_token_id` to `config.json`")
-    })?;
-    let tokens = inputs_of("embed_tokens", embedding)?;
-    let [(_, input)] = &tokens[..] else {
-        return Err(Error::unsupported("the token embedding", "reads more than `input_ids`"));
-    };
-    let embeds = only_output("the token embedding", embedding)?;
-    let features = only_output("the vision encoder", vision)?;
-    let width = features.width().or(embeds.width()).ok_or_else(|| {
-        Error::unsupported("the vision encoder", "does not declare the width of its features")
-            .remedy("export it with a fixed width")
-    })?;
+    let own = EmbeddingPorts::of(embedding)?;
+    let pictures = VisionPorts::of(vision)?;
     let mut joined = Joined::default();
     joined.model.ir_version = graphs.decoder.ir_version;
     let opset = graphs.decoder.opset_imports.get("").copied().unwrap_or(1);
     joined.model.opset_imports.insert(String::new(), opset);
     joined.model.producer_name = "interlace".into();
     joined.model.graph.body.name = "merge_embeddings".into();
+    let mut sources = vec![(INPUT_IDS.to_string(), MergeInput::Ids)];
+    let mut input = |joined: &mut Joined, name: String, port: &Port, shape: &[Dim], source: MergeInput| {
+        sources.push((name.clone(), source));
+        graph_input(joined, &name, port.dtype, shape)
+    };
     let sequence = || [Dim::Known(1), symbol("sequence")];
-    let input_ids = graph_input(&mut joined, INPUT_IDS, input.port.dtype, &sequence());
-    let [one, time] = sequence();
-    let shape = [one, time, embeds.width().map_or(Dim::Unknown, |width| Dim::Known(width as i64))];
-    let values = graph_input(&mut joined, TOKEN_EMBEDS, embeds.dtype, &shape);
-    let pictures = graph_input(&mut joined, IMAGE_FEATURES, features.dtype, &features.shape);
+    let input_ids = graph_input(&mut joined, INPUT_IDS, own.ids.1, &sequence());
+    let mut of_embedding = |joined: &mut Joined, port: &Port| {
+        // One prompt of any length; the other sizes are the embedding's.
+        let shape: Vec<Dim> = sequence().into_iter().chain(port.shape.iter().skip(2).cloned()).collect();
+        input(joined, format!("token_{}", port.name), port, &shape, MergeInput::Embedding(port.name.clone()))
+    };
+    let main = &own.main.1;
+    let values = of_embedding(&mut joined, main);
+    let per_layer = own.per_layer.as_ref().filter(|_| decoder.reads(InputKind::PerLayerInputs).is_some());
+    let per_layer = per_layer.map(|(_, port)| (of_embedding(&mut joined, port), port.dtype));
+    let mut outputs: Vec<(usize, ValueId)> = Vec::new();
+    let levels = pictures.levels.iter().map(|(place, _, port)| (*place, port));
+    for (place, port) in std::iter::once((pictures.main.0, &pictures.main.1)).chain(levels) {
+        let name = format!("vision_{}", port.name);
+        outputs.push((place, input(&mut joined, name, port, &port.shape, MergeInput::Vision(port.name.clone()))));
+    }
+    outputs.sort_by_key(|(place, _)| *place);
+    let three = decoder.reads(InputKind::PositionIds).filter(|port| port.rank() == 3);
+    let grids = match three {
+        None => None,
+        Some(positions) => {
+            let of = |(_, input): &(ValueId, crate::runtime::Input)| input.kind() == InputKind::Image(IMAGE_GRID_THW);
+            let grids = inputs_of("vision_encoder", vision)?.into_iter().find(of);
+            let lacks = |what: &str| refused(positions, &format!("has three rows, and {what}"));
+            let (_, grids) = grids.ok_or_else(|| lacks("the vision encoder reads no `image_grid_thw`"))?;
+            let merge = ids.merge.ok_or_else(|| lacks("the config names no `spatial_merge_size`"))?;
+            let image = ids.image.ok_or_else(|| lacks("the config names no image token"))?;
+            let port = &grids.port;
+            let value =
+                input(&mut joined, port.name.clone(), port, &port.shape, MergeInput::Picture(port.name.clone()));
+            Some((value, port.dtype, image, merge))
+        }
+    };
     let mut scope = JoinScope::new(&mut joined);
-    let input_ids = super::super::nodes::cast(&mut scope, input_ids, input.port.dtype, crate::ir::DataType::Int64);
-    let rows = Rows { ids: input_ids, values, dtype: embeds.dtype, width: embeds.width() };
-    let merged = at_image_tokens(&mut scope, &rows, (image, width), |_| Ok((pictures, features.dtype)))?;
-    let start = Carried::start(&mut scope, &decoder, input_ids, (Some(merged), None), ids.head_dim)?;
+    let input_ids = cast(&mut scope, input_ids, own.ids.1, DataType::Int64);
+    let grids = grids.map(|(value, dtype, image, merge)| {
+        let grids = cast(&mut scope, value, dtype, DataType::Int64);
+        Grids { grids, image, merge }
+    });
+    let rows = Rows { ids: input_ids, values, dtype: main.dtype, width: main.width() };
+    let given = outputs.into_iter().map(|(_, value)| value).collect();
+    let merged = at_image_tokens(&mut scope, &rows, &decoder, &pictures, ids.image, |_| Ok(given))?;
+    let tokens = Tokens {
+        ids: input_ids,
+        in_prompt: true,
+        image: ids.image,
+        deepstack: Some(&merged.deepstack),
+        per_layer,
+        width: main.width(),
+        types: ids.token_types,
+    };
+    let start = Carried::start(&mut scope, &decoder, &tokens, (Some(merged.values), grids), ids.head_dim)?;
     let first = scalar(&mut scope, "first", 0);
-    let given = fed(&mut scope, &decoder, &start, first, Some(embeds.dtype));
+    let next = three.map(|_| positions::behind(&mut scope, start.positions, NEXT_POSITION));
+    let given = fed(&mut scope, &decoder, &start, first, Some(main.dtype));
     let ports = decoder.inputs.iter().map(|(id, input)| (*id, &input.port));
     let ports: Vec<(ValueId, &Port)> = ports.chain(decoder.caches.iter().map(|(id, port, _)| (*id, port))).collect();
     let mut outputs = Vec::new();
@@ -80,6 +139,10 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
         graph.values[output.index()].ty = Some(tensor(port.dtype, &port.shape));
         graph.body.outputs.push(output);
     }
+    if let Some(next) = next {
+        graph.values[next.index()].ty = Some(tensor(DataType::Int64, &[Dim::Known(1)]));
+        graph.body.outputs.push(next);
+    }
     crate::ir::check(&joined.model)?;
-    Ok(joined.model)
+    Ok(Merge { model: joined.model, sources })
 }

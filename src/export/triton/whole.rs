@@ -4,11 +4,13 @@ use serde_json::json;
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Model};
-use crate::runtime::InputKind;
+use crate::runtime::{Input, InputKind, TokenTypes};
 
-use super::super::generate::graph::{DecoderPorts, Graphs, MAX_NEW_TOKENS, TokenIds};
+use super::super::generate::embedding::EmbeddingPorts;
+use super::super::generate::graph::{Graphs, MAX_NEW_TOKENS, TokenIds};
+use super::super::generate::ports::DecoderPorts;
 use super::config::model_config;
-use super::prompt::{IMAGE_FEATURES, TOKEN_EMBEDS};
+use super::prompt::{MergeInput, NEXT_POSITION};
 use super::schema::model_ensembling::{Entry, Step};
 use super::schema::{
     self, ModelConfig, ModelEnsembling, ModelInput, ModelOutput, ModelParameter, ModelTransactionPolicy,
@@ -59,37 +61,49 @@ fn step(served: &Served, input_map: Vec<Entry>, output_map: Vec<Entry>) -> Step 
     Step { model_name: served.name.clone(), model_version: -1, input_map, output_map }
 }
 
-/// The ensemble: pictures and ids to logits and caches.
+/// The ensemble: pictures and ids to logits and caches. `sources` are those of the inputs of `merge`.
 ///
 /// Errors: as `model_config`.
-pub(super) fn prefill(vision: &Served, embedding: &Served, merge: &Served, decoder: &Served) -> Result<ModelConfig> {
+pub(super) fn prefill(
+    vision: &Served,
+    embedding: &Served,
+    (merge, sources): (&Served, &[(String, MergeInput)]),
+    decoder: &Served,
+) -> Result<ModelConfig> {
     // Names inside the ensemble: those of its inputs and outputs, the rest with the name of the model that gives it.
     let inner = |model: &str, name: &str| format!("{model}.{name}");
     let same = |name: &str| name.to_string();
-    let (features, embeds) = (inner("vision", IMAGE_FEATURES), inner("embedding", TOKEN_EMBEDS));
     let ids = merge.inputs().next().unwrap_or_default().to_string();
     let pictures: Vec<&str> = vision.inputs().collect();
-    let merged = |name: &str| match name {
-        TOKEN_EMBEDS => embeds.clone(),
-        IMAGE_FEATURES => features.clone(),
-        _ => ids.clone(),
+    let fed = |(name, source): &'_ (String, MergeInput)| {
+        let tensor = match source {
+            MergeInput::Ids => ids.clone(),
+            MergeInput::Embedding(output) => inner("embedding", output),
+            MergeInput::Vision(output) => inner("vision", output),
+            MergeInput::Picture(input) => input.clone(),
+        };
+        Entry { key: name.clone(), value: tensor }
+    };
+    let of_prompt = |name: &str| match name {
+        NEXT_POSITION => same(name),
+        _ => inner("prompt", name),
     };
     let scheduling = ModelEnsembling {
         step: vec![
             step(
                 vision,
                 entries(pictures.iter().map(|name| (*name, same(name)))),
-                entries(vision.outputs().map(|name| (name, features.clone()))),
+                entries(vision.outputs().map(|name| (name, inner("vision", name)))),
             ),
             step(
                 embedding,
                 entries(embedding.inputs().map(|name| (name, ids.clone()))),
-                entries(embedding.outputs().map(|name| (name, embeds.clone()))),
+                entries(embedding.outputs().map(|name| (name, inner("embedding", name)))),
             ),
             step(
                 merge,
-                entries(merge.inputs().map(|name| (name, merged(name)))),
-                entries(merge.outputs().map(|name| (name, inner("prompt", name)))),
+                sources.iter().map(fed).collect(),
+                entries(merge.outputs().map(|name| (name, of_prompt(name)))),
             ),
             step(
                 decoder,
@@ -102,11 +116,13 @@ pub(super) fn prefill(vision: &Served, embedding: &Served, merge: &Served, decod
     let of = |served: &Served| model_config(&served.name, &served.model, 0);
     let mut input: Vec<ModelInput> = of(merge)?.input.into_iter().filter(|port| port.name == ids).collect();
     input.extend(of(vision)?.input);
+    let mut output = of(decoder)?.output;
+    output.extend(of(merge)?.output.into_iter().filter(|port| port.name == NEXT_POSITION));
     Ok(ModelConfig {
         name: PREFILL.into(),
         platform: "ensemble".into(),
         input,
-        output: of(decoder)?.output,
+        output,
         ensemble_scheduling: Some(scheduling),
         ..ModelConfig::default()
     })
@@ -125,30 +141,48 @@ pub(super) fn stream(
 ) -> Result<ModelConfig> {
     let ports = DecoderPorts::of_decoder(graphs.decoder)?;
     numpy(ports.logits_type)?;
+    let own = graphs.embedding.map(EmbeddingPorts::of).transpose()?;
+    let own = own.ok_or_else(|| Error::unsupported("the model", "has no separate token embedding"))?;
+    let width = own.main.1.width();
     let mut inputs = Vec::new();
     for (_, input) in &ports.inputs {
         let kind = match input.kind() {
             InputKind::InputsEmbeds => "embeddings",
+            InputKind::PerLayerInputs => "second_embeddings",
             InputKind::AttentionMask => "mask",
             InputKind::PositionIds => "positions",
             InputKind::CachePosition => "cache_position",
             InputKind::LogitsToKeep => "one",
             InputKind::UseCacheBranch => "true",
+            InputKind::TokenTypes if ids.token_types == TokenTypes::Answer => "one",
+            InputKind::Deepstack | InputKind::ImageMask | InputKind::TokenTypes => "zero",
             _ => "ids",
         };
         // An input without axes has one in the repository.
         let axes = input.port.rank().max(1);
-        inputs.push(json!({"name": input.port.name, "kind": kind, "axes": axes, "type": numpy(input.port.dtype)?}));
+        let mut described =
+            json!({"name": input.port.name, "kind": kind, "axes": axes, "type": numpy(input.port.dtype)?});
+        if input.kind() == InputKind::Deepstack {
+            described["shape"] = json!(shape_of_no_features(input, width)?);
+        }
+        inputs.push(described);
     }
     let outputs: Vec<&str> =
         graphs.decoder.graph.body.outputs.iter().map(|id| graphs.decoder.graph.name(*id)).collect();
     let caches: Vec<[&str; 2]> =
         ports.caches.iter().map(|(_, port, present)| [port.name.as_str(), outputs[*present]]).collect();
-    let embeds: Vec<&str> = embedding.inputs().chain(embedding.outputs()).collect();
+    let outputs_of_embedding = json!({
+        "ids": graphs.embedding.map(|model| model.graph.name(own.ids.0)),
+        "type": numpy(own.ids.1)?,
+        "embeddings": own.main.1.name,
+        "second_embeddings": own.per_layer.map(|(_, port)| port.name),
+        "padding": ports.packed_levels(width)? * width.unwrap_or(0),
+    });
     let pictures: Vec<&str> = generate.inputs().filter(|name| !["input_ids", MAX_NEW_TOKENS].contains(name)).collect();
     let settings = json!({
-        "prefill": PREFILL, "embedding": embedding.name, "embedding_ports": embeds, "decoder": decoder.name,
+        "prefill": PREFILL, "embedding": embedding.name, "embedding_ports": outputs_of_embedding, "decoder": decoder.name,
         "decoder_inputs": inputs, "caches": caches, "pictures": pictures, "end_ids": ids.end,
+        "positions_in_rows": ports.position_rank() == 3,
     });
     let whole = model_config(GENERATE, &generate.model, 0)?;
     let token = ModelOutput {
@@ -168,6 +202,18 @@ pub(super) fn stream(
         model_transaction_policy: Some(ModelTransactionPolicy { decoupled: true }),
         ..ModelConfig::default()
     })
+}
+
+/// The shape of DeepStack features for a token of the answer.
+fn shape_of_no_features(input: &Input, width: Option<usize>) -> Result<Vec<usize>> {
+    let width = input.port.width().or(width).ok_or_else(|| {
+        Error::unsupported(format!("input {}", input.port.described()), "does not declare the width of its features")
+            .remedy("use the model `generate`, whose loop is in the graph")
+    })?;
+    let levels = input.is_stacked().then(|| input.port.fixed_size(0).unwrap_or(1));
+    let by_token = input.port.rank() - usize::from(input.is_stacked()) == 3;
+    let tokens: &[usize] = if by_token { &[1, 1] } else { &[0] };
+    Ok(levels.into_iter().chain(tokens.iter().copied()).chain([width]).collect())
 }
 
 /// NumPy's name of an element type.

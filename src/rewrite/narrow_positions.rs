@@ -3,7 +3,9 @@
 //! They have no int64, so the cast of `position_ids` to float runs on the processor, in the middle of the device's commands, and the
 //! result may be read before it is there: logits are wrong. A cast to int32 as the first node comes before all of these commands.
 
-use crate::ir::{Attribute, AttributeKind, DataType, GraphIndex, Model, Node, Value, ValueId, ValueType};
+use std::collections::HashSet;
+
+use crate::ir::{Attribute, AttributeKind, Body, DataType, GraphIndex, Model, Node, Value, ValueId, ValueType};
 
 const POSITIONS: &str = "position_ids";
 /// The positions in int32, and the node that gives them.
@@ -15,7 +17,7 @@ const MOVES: &[&str] =
 
 /// Casts `position_ids` to int32 in the first node, if all readers cast it or move it to casts; otherwise nothing changes.
 /// Positions are below 2^31, so the results are the same.
-pub(super) fn cast_first(model: &mut Model) -> bool {
+pub fn narrow_positions(model: &mut Model) -> bool {
     let Some(positions) = model.graph.input(POSITIONS) else { return false };
     if model.graph.value(positions).ty.as_ref().and_then(ValueType::dtype) != Some(DataType::Int64) {
         return false;
@@ -46,6 +48,35 @@ pub(super) fn cast_first(model: &mut Model) -> bool {
     true
 }
 
+/// Operators of the default domain that compute int64 from int64.
+const INTEGERS: &[&str] = &["Add", "Concat", "Div", "Max", "Min", "Mod", "Mul", "Sub"];
+
+/// True when int64 that follow from `position_ids` are cast to floats, which WebGPU's back ends may read too early.
+pub fn casts_wide_positions(model: &Model) -> bool {
+    let Some(positions) = model.graph.input(POSITIONS) else { return false };
+    let wide = model.graph.value(positions).ty.as_ref().and_then(ValueType::dtype) == Some(DataType::Int64);
+    wide && is_cast_to_floats(&model.graph.body, &mut HashSet::from([positions]))
+}
+
+/// `wide` are the int64 before the body's nodes, which are in execution order.
+fn is_cast_to_floats(body: &Body, wide: &mut HashSet<ValueId>) -> bool {
+    body.nodes.iter().any(|node| {
+        let standard = node.domain.is_empty();
+        let reads = |place: usize| node.inputs.get(place).copied().flatten().is_some_and(|id| wide.contains(&id));
+        if standard && node.op_type == "Cast" && reads(0) {
+            let to = node.attribute("to").and_then(Attribute::as_int);
+            let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
+            return floats.iter().any(|&dtype| to == Some(dtype as i64));
+        }
+        let moved = standard && MOVES.contains(&node.op_type.as_str()) && reads(0);
+        let computed = standard && INTEGERS.contains(&node.op_type.as_str());
+        if moved || computed && (0..node.inputs.len()).any(reads) {
+            wide.extend(node.present_outputs());
+        }
+        node.bodies().any(|inner| is_cast_to_floats(inner, wide))
+    })
+}
+
 /// The values that hold moved positions; `None` when something else than a cast reads them.
 fn moved_to_casts(model: &Model, positions: ValueId) -> Option<Vec<ValueId>> {
     let body = &model.graph.body;
@@ -59,6 +90,8 @@ fn moved_to_casts(model: &Model, positions: ValueId) -> Option<Vec<ValueId>> {
             let node = &body.nodes[reader.node];
             match (reader.input, node.op_type.as_str()) {
                 (Some(0), "Cast") if node.domain.is_empty() => cast = true,
+                // The sizes are the same in int32.
+                (Some(0), "Shape") if node.domain.is_empty() => {}
                 (Some(0), op) if node.domain.is_empty() && MOVES.contains(&op) => {
                     let output = node.outputs.first().copied().flatten()?;
                     moved.push(output);
@@ -81,18 +114,20 @@ mod tests {
     fn positions_are_cast_in_the_first_node_and_only_where_casts_read_them() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
         let mut model = crate::onnx::load(&path).unwrap();
-        assert!(cast_first(&mut model));
+        assert!(casts_wide_positions(&model));
+        assert!(narrow_positions(&mut model));
+        assert!(!casts_wide_positions(&model));
         crate::ir::check(&model).unwrap();
         let positions = model.graph.input(POSITIONS).unwrap();
         let readers: Vec<usize> = (0..model.graph.body.nodes.len())
             .filter(|at| model.graph.body.nodes[*at].inputs.contains(&Some(positions)))
             .collect();
         assert_eq!((readers, model.graph.body.nodes[0].op_type.as_str()), (vec![0], "Cast"));
-        assert!(!cast_first(&mut model), "it is there already");
+        assert!(!narrow_positions(&mut model), "it is there already");
         // An output of int64 has to stay one.
         let mut other = crate::onnx::load(&path).unwrap();
         let positions = other.graph.input(POSITIONS).unwrap();
         other.graph.body.outputs.push(positions);
-        assert!(!cast_first(&mut other));
+        assert!(!narrow_positions(&mut other));
     }
 }

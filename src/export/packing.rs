@@ -8,7 +8,7 @@ use crate::bundle::{Component, Role};
 use crate::ir::{Attribute, AttributeKind, Dim, Model, Node, Tensor, Value, ValueId, ValueType};
 use crate::runtime::{Input, InputKind, Port};
 
-use super::super::nodes::inputs_of;
+use super::nodes::inputs_of;
 
 const EMBEDS: &str = "inputs_embeds";
 const FEATURES: &str = "image_features";
@@ -157,7 +157,7 @@ fn level_inputs(decoder: &Model) -> Result<Vec<(ValueId, Input)>> {
     let mut levels = inputs_of("decoder", decoder)?;
     levels.retain(|(_, input)| input.kind() == InputKind::Deepstack);
     if let Some((_, other)) = levels.iter().find(|(_, input)| input.is_stacked() || input.port.rank() != 3) {
-        let problem = "is not `[batch, tokens, width]` for one level, and transformers.js feeds `inputs_embeds` alone";
+        let problem = "is not `[batch, tokens, width]` for one level, and the runtime feeds `inputs_embeds` alone";
         return Err(Error::unsupported(format!("input {}", other.port.described()), problem).remedy(
             "export the decoder with one input for each level, with zeros at text, or packed into `inputs_embeds`",
         ));
@@ -168,7 +168,7 @@ fn level_inputs(decoder: &Model) -> Result<Vec<(ValueId, Input)>> {
 
 fn lacks(component: &Component, name: &str) -> Error {
     Error::unsupported(format!("`{}`", component.file), format!("has no `{name}`"))
-        .remedy("name its inputs and outputs as transformers.js does")
+        .remedy("name its inputs and outputs so in the exporter")
 }
 
 fn constant(model: &mut Model, stem: &str, numbers: &[i64]) -> ValueId {
