@@ -8,6 +8,7 @@ use crate::ir::{DataType, Graph, ValueId};
 use crate::runtime::{Embedded, Input, InputKind, Port, Step, Training};
 use crate::torch;
 
+use super::connector::ConnectorInput;
 use super::suffix::Suffix;
 
 /// Widths of the side values of a token. A row holds the embeddings, then the DeepStack levels, then the second
@@ -38,6 +39,8 @@ pub struct SideInputs {
     pub widths: SideWidths,
     /// DeepStack inputs, each level once, in ascending order.
     pub deepstack: Vec<Input>,
+    /// The features that the connector reads, where it is a part of the network in training.
+    pub connector: Option<ConnectorInput>,
 }
 
 impl SideInputs {
@@ -111,6 +114,11 @@ pub fn row_inputs(graph: &Graph) -> Vec<ValueId> {
         InputKind::PositionIds => input.port.rank() > 2,
         _ => false,
     })
+}
+
+/// Decoder inputs of one kind.
+pub fn inputs_of_kind(graph: &Graph, kind: InputKind) -> Vec<ValueId> {
+    inputs_with(graph, |input| input.kind() == kind)
 }
 
 fn inputs_with(graph: &Graph, wanted: impl Fn(&Input) -> bool) -> Vec<ValueId> {

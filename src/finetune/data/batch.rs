@@ -9,8 +9,9 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::runtime::{Embedded, SideValues, Step};
 
+use super::connector_rows::{ConnectorBatch, ConnectorRows};
 use super::rows::RowsFile;
-use crate::finetune::cut::SideWidths;
+use crate::finetune::cut::{ConnectorInput, SideWidths};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
 
@@ -45,6 +46,9 @@ pub struct Detail {
     /// `token_type_ids`; empty when all are 0 or no input reads them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub types: Vec<i64>,
+    /// Tiles of each picture, and rows of features of each tile, where a connector in training reads them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pictures: Vec<[u32; 2]>,
 }
 
 impl Example {
@@ -87,6 +91,8 @@ impl Example {
             at += run.len();
         }
         detail.types.clone_from(&side.types);
+        let pictures = side.unprojected.iter();
+        detail.pictures = pictures.map(|picture| [picture.tiles as u32, picture.rows as u32]).collect();
     }
 
     /// True at image tokens; one element per token.
@@ -108,8 +114,14 @@ impl Example {
 }
 
 impl Detail {
-    const NONE: Detail =
-        Detail { positions: Vec::new(), targets: Vec::new(), rotary: Vec::new(), image: Vec::new(), types: Vec::new() };
+    const NONE: Detail = Detail {
+        positions: Vec::new(),
+        targets: Vec::new(),
+        rotary: Vec::new(),
+        image: Vec::new(),
+        types: Vec::new(),
+        pictures: Vec::new(),
+    };
 }
 
 /// Samples with the frozen part's output and the dense model's targets.
@@ -128,6 +140,8 @@ pub struct TrainingSet {
     window: Option<Window>,
     /// Side values, one row per token, with their widths.
     side: Option<(SideWidths, RowsFile)>,
+    /// Features that the connector in training reads.
+    connector: Option<ConnectorRows>,
     pub targets: Targets,
 }
 
@@ -165,7 +179,7 @@ pub struct StreamTarget {
 }
 
 /// Sum of the counts before each item.
-fn running_sum(counts: impl Iterator<Item = usize>) -> Vec<u64> {
+pub(super) fn running_sum(counts: impl Iterator<Item = usize>) -> Vec<u64> {
     let sums = counts.scan(0, |next, count| {
         let start = *next;
         *next += count as u64;
@@ -194,6 +208,8 @@ pub struct TrainingBatch {
     pub answer_tokens: u64,
     /// i64 `[M]`: indices into `[B * T]` of tokens that are not padding.
     pub real_rows: Tensor,
+    /// Features of the pictures for a connector in training; `None` without pictures.
+    pub connector: Option<ConnectorBatch>,
     /// The dense model's residual stream by point, `[M, D]` each.
     pub streams: BTreeMap<usize, Tensor>,
     pub top_k: Option<TopK>,
@@ -205,8 +221,14 @@ impl TrainingSet {
         let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Some(Stream { rows: hidden, before: 0 });
-        let (wanted, window, targets) = (None, None, Targets::default());
-        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, targets }
+        let (wanted, window, connector, targets) = (None, None, None, Targets::default());
+        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, connector, targets }
+    }
+
+    /// Adds the features that the connector in training reads, which are in the order of the examples.
+    pub fn with_connector(self, rows: Option<(ConnectorInput, RowsFile)>) -> Self {
+        let connector = rows.map(|(input, rows)| ConnectorRows::new(input, rows, &self.examples));
+        TrainingSet { connector, ..self }
     }
 
     /// A set whose rows are loaded on demand with [`TrainingSet::put`].
@@ -219,6 +241,7 @@ impl TrainingSet {
             wanted: None,
             window: None,
             side: None,
+            connector: None,
             targets: Targets::default(),
         }
     }
@@ -320,6 +343,10 @@ impl TrainingSet {
         let step = self.step(samples)?;
         let streams = self.streams(samples, wanted.as_ref(), device)?;
         let top_k = if answers { self.top_k(samples, device)? } else { None };
+        let connector = match &self.connector {
+            Some(rows) if stream.before == 0 => rows.batch(&self.examples, samples, time, device)?,
+            _ => None,
+        };
         let make = move || -> Result<TrainingBatch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             Ok(TrainingBatch {
@@ -329,6 +356,7 @@ impl TrainingSet {
                 answer_tokens: targets.len() as u64,
                 targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
                 real_rows: Tensor::f_from_slice(&real_rows)?.f_to_device(device)?,
+                connector,
                 streams,
                 top_k,
             })
@@ -425,6 +453,10 @@ impl TrainingBatch {
             Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
             None => None,
         };
+        let connector = self.connector.as_ref();
+        let connector = connector.map(|ConnectorBatch { features, places }| {
+            Ok::<_, Error>(ConnectorBatch { features: place(features)?, places: place(places)? })
+        });
         Ok(TrainingBatch {
             hidden: place(&self.hidden)?,
             step: self.step,
@@ -432,6 +464,7 @@ impl TrainingBatch {
             targets: place(&self.targets)?,
             answer_tokens: self.answer_tokens,
             real_rows: place(&self.real_rows)?,
+            connector: connector.transpose()?,
             streams,
             top_k,
         })
@@ -552,7 +585,7 @@ mod tests {
         };
         let deepstack = Input::all("graph", &[port(0), port(1)]).unwrap();
         let widths = SideWidths { embeddings: 2, levels: 2, level_width: 3, per_layer: 2 };
-        let inputs = SideInputs { widths, deepstack };
+        let inputs = SideInputs { widths, deepstack, connector: None };
         let mut prompt = Embedded::text(&[5, 6, 7, 8], 2, (30..38).map(|n| n as f32).collect(), 0, 1);
         prompt.side.image = vec![false, true, true, false];
         prompt.side.types = vec![0, 1, 1, 0];

@@ -1,6 +1,7 @@
 //! The training data: samples, the frozen part's output for them, and the dense model's targets.
 
 mod batch;
+mod connector_rows;
 mod frozen_part;
 mod rows;
 mod same;

@@ -51,6 +51,8 @@ pub struct TeacherRequest<'a> {
     pub memory_limit: Option<u64>,
     pub work: &'a Path,
     pub features: &'a Arc<FeatureCache>,
+    /// True when the connector is trained, so that samples need the features before it.
+    pub connector: bool,
 }
 
 /// The outputs to compute with the dense model, and their files.
@@ -379,7 +381,11 @@ impl TeacherTargets<'_> {
         let options = self.options();
         let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
         let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
-        VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
+        let mut session = VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)?;
+        if self.request.connector {
+            session.keep_unprojected();
+        }
+        Ok(session)
     }
 
     /// The dense model's stream that the student's stream after each of `layers` is compared with, for the samples

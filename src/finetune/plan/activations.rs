@@ -122,22 +122,19 @@ pub fn of_layer(
     trained: &HashSet<ValueId>,
     heads: u64,
 ) -> Kept {
-    let index = GraphIndex::new(graph);
-    let mut walk = Walk { graph, heads, widths: HashMap::new(), owners: HashMap::new(), saved: HashSet::new() };
-    walk.widths.insert(from, Width { own: width, per_key: 0 });
-    walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
-    for &number in piece {
-        let node = &graph.body.nodes[number];
-        let moved =
-            |id: ValueId| index.node_of(id).is_some_and(|(number, _)| graph.body.nodes[number].op_type == "Transpose");
-        walk.node(node, moved);
-    }
+    let walk = Walk::along(graph, piece, (from, width), trained, heads);
     let owners: HashSet<ValueId> = walk.saved.iter().map(|&id| walk.owner(id)).collect();
     let width_of = |id: &ValueId| walk.widths.get(id).copied().unwrap_or_default();
     Kept {
         kept: owners.iter().map(width_of).fold(Width::default(), Width::plus),
         widest: walk.widths.values().copied().fold(Width::default(), Width::larger),
     }
+}
+
+/// Elements per row of `to` where a row of `from` has `width`; `piece` lists the nodes between them.
+pub fn width_at(graph: &Graph, piece: &[usize], (from, width): (ValueId, u64), to: ValueId) -> u64 {
+    let walk = Walk::along(graph, piece, (from, width), &HashSet::new(), 1);
+    walk.widths.get(&to).map_or(0, |width| width.own)
 }
 
 struct Walk<'a> {
@@ -150,7 +147,29 @@ struct Walk<'a> {
     saved: HashSet<ValueId>,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    /// The widths of the values that these nodes compute, and what their gradients read.
+    fn along(
+        graph: &'a Graph,
+        piece: &[usize],
+        (from, width): (ValueId, u64),
+        trained: &HashSet<ValueId>,
+        heads: u64,
+    ) -> Self {
+        let index = GraphIndex::new(graph);
+        let mut walk = Walk { graph, heads, widths: HashMap::new(), owners: HashMap::new(), saved: HashSet::new() };
+        walk.widths.insert(from, Width { own: width, per_key: 0 });
+        walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
+        for &number in piece {
+            let node = &graph.body.nodes[number];
+            let moved = |id: ValueId| {
+                index.node_of(id).is_some_and(|(number, _)| graph.body.nodes[number].op_type == "Transpose")
+            };
+            walk.node(node, moved);
+        }
+        walk
+    }
+
     fn owner(&self, mut id: ValueId) -> ValueId {
         while let Some(&next) = self.owners.get(&id) {
             id = next;
