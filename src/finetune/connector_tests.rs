@@ -4,7 +4,7 @@ use tch::{Kind, Tensor as Torch};
 
 use super::*;
 use crate::data::{DataOptions, Dataset, Encoder, Intake};
-use crate::finetune::cut::{Connector, Cut, SideInputs, side_inputs};
+use crate::finetune::cut::{Cut, SideInputs, side_inputs};
 use crate::finetune::data::{LazySession, RowStore, TrainingBatch, TrainingSet};
 use crate::finetune::plan::PlannedBytes;
 use crate::finetune::settings::Lora;
@@ -189,8 +189,10 @@ impl Network {
         self.student.head(&stream, batch, &side).unwrap()
     }
 
+    /// Cross-entropy of other answers than the samples': the model knows those by heart.
     fn loss(&self, batch: &TrainingBatch) -> Torch {
-        self.logits(batch).cross_entropy_for_logits(&batch.targets)
+        let others: Torch = (&batch.targets * 7 + 11).remainder(800);
+        self.logits(batch).to_kind(Kind::Double).cross_entropy_for_logits(&others)
     }
 }
 
@@ -233,7 +235,7 @@ fn gradients_of_the_connector_equal_differences() {
             let mut moved = |by: f64| {
                 tch::no_grad(|| {
                     let _ = weight.g_add_(&(&direction * by));
-                    double(&network.loss(&batch).to_kind(Kind::Double))
+                    double(&network.loss(&batch))
                 })
             };
             let ahead = moved(step);
@@ -268,7 +270,7 @@ fn the_merged_connector_computes_the_same_in_onnx_runtime() {
         let load = |role| crate::onnx::load(&bundle.path_of(bundle.require(role).unwrap())).unwrap();
         let write = WriteTrained::Float;
         let decoder = crate::finetune::cut::written_back(&load(Role::Decoder), rest, &[], write).unwrap();
-        let connector: &Connector = network.cut.connector.as_ref().unwrap();
+        let connector = network.cut.connector.as_ref().unwrap();
         (decoder, connector.written_back(of_connector, write).unwrap())
     };
     let plain = tch::no_grad(|| network.logits(&network.set.batch(&[0], tch::Device::Cpu).unwrap()));
@@ -393,7 +395,7 @@ fn a_plan_lists_the_connector() {
     let named = |what: &str| -> Vec<&PlannedBytes> { with.bytes.iter().filter(|item| item.what == what).collect() };
     let connector = with.connector.as_ref().unwrap();
     assert_eq!((connector.file.as_str(), connector.matrices, connector.parameters), (CONNECTOR, 1, 4 * (512 + 160)));
-    assert_eq!(connector.line(), format!("the connector `{CONNECTOR}` gets adapters on 1 matrices"));
+    assert_eq!(connector.line(), format!("the connector `{CONNECTOR}` gets adapters on 1 matrix"));
     // One matrix in f32, and the constants of the pixel shuffle.
     let weights = named("connector's weights")[0].bytes;
     assert!((4 * 512 * 160..4 * 512 * 160 + 4096).contains(&weights), "{weights}");
@@ -409,6 +411,62 @@ fn a_plan_lists_the_connector() {
         assert!(plan.connector.is_none() && plan.bytes.iter().all(|item| !item.what.contains("connector")));
     }
     assert_eq!(with.trained_parameters, whole.trained_parameters + connector.parameters);
+}
+
+/// The connector with its matrix in int8, and a node that expands it.
+fn quantised(connector: &Model) -> Model {
+    let mut model = connector.clone();
+    let body = &mut model.graph.body;
+    let place = body.initializers.iter().position(|(_, tensor)| tensor.dims == [512, 160]).unwrap();
+    let (weight, floats) = body.initializers.remove(place);
+    let floats = floats.to_f64s().unwrap();
+    let scale = floats.iter().fold(0f64, |largest, number| largest.max(number.abs())) / 127.0;
+    let bytes: Vec<u8> = floats.iter().map(|number| (number / scale).round() as i8 as u8).collect();
+    let mut add = |name: &str, tensor: Tensor| {
+        let id = model.graph.add_value(Value { name: name.into(), ..Value::default() });
+        model.graph.body.initializers.push((id, tensor));
+        Some(id)
+    };
+    let numbers = add("numbers", Tensor::from_bytes(DataType::Int8, &[512, 160], bytes));
+    let scale = add("scale", Tensor::from_f32(&[], &[scale as f32]));
+    let (inputs, outputs) = (vec![numbers, scale], vec![Some(weight)]);
+    let expand = Node { op_type: "DequantizeLinear".into(), inputs, outputs, ..Node::default() };
+    model.graph.body.nodes.insert(0, expand);
+    crate::ir::check(&model).unwrap();
+    model
+}
+
+/// A quantised connector is trained as quantised layers are: written as floats, or in its own form.
+#[test]
+fn a_quantised_connector_is_written_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = split(folder.path());
+    let path = bundle.root().join(CONNECTOR);
+    let before = quantised(&crate::onnx::load(&path).unwrap());
+    crate::onnx::save(&before, &path, &Storage::Inline).unwrap();
+    let matrix = |model: &Model, dtype: DataType| {
+        let of_type = model.graph.body.initializers.iter().filter(|(_, tensor)| tensor.dtype == dtype);
+        of_type.filter(|(_, tensor)| tensor.dims == [512, 160]).map(|(_, tensor)| tensor.bytes().to_vec()).next()
+    };
+    for (write, dtype, other) in [
+        (WriteTrained::Float, DataType::Float, DataType::Int8),
+        (WriteTrained::Quantised, DataType::Int8, DataType::Float),
+    ] {
+        let settings = settings().with(adapted).with(|s| {
+            s.optimizer.learning_rate = LearningRate::One(3e-2);
+            s.write_trained = write;
+        });
+        let after = train_anew(&bundle, &settings, Limits::default()).outcome.unwrap().connector.unwrap();
+        let (found, stored) = (matrix(&after, dtype).unwrap(), matrix(&before, dtype));
+        assert!(matrix(&after, other).is_none() && Some(&found) != stored.as_ref(), "{write:?}");
+    }
+    // Two matrices of integers have no float product.
+    let mut integers = before.clone();
+    let node = integers.graph.body.nodes.iter_mut().find(|node| node.op_type == "MatMul").unwrap();
+    node.op_type = "QLinearMatMul".into();
+    let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let refused = Cut::new(&decoder, &[0, 1]).unwrap().add_connector(&integers, 4).unwrap_err().to_string();
+    assert!(refused.contains("QLinearMatMul") && refused.contains("--lora-layers trained"), "{refused}");
 }
 
 /// A connector of another form is left as it is, and the plan says why.

@@ -66,7 +66,7 @@ fn a_trained_connector_is_written_recorded_and_verified() {
     ] {
         assert!(table.contains(row), "{row}: {table}");
     }
-    assert!(table.contains(&format!("the connector `{CONNECTOR}` gets adapters on 1 matrices")), "{table}");
+    assert!(table.contains(&format!("the connector `{CONNECTOR}` gets adapters on 1 matrix")), "{table}");
     let run = command(here, "healed", &["--max-steps", "4", "--json"]).output().expect("a process");
     assert!(run.status.success(), "{}", stderr(&run));
     let report: Value = serde_json::from_slice(&run.stdout).expect("JSON");

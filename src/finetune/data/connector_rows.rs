@@ -91,3 +91,53 @@ impl ConnectorRows {
         make().map(Some).map_err(torch_error("the connector's features"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finetune::data::rows::{RowDtype, RowsWriter};
+    use crate::runtime::{SideValues, Unprojected};
+
+    fn example(id: &str, image: &[bool], pictures: &[[usize; 2]]) -> Example {
+        let ids: Vec<i64> = (0..image.len() as i64).collect();
+        let mut example = Example::new(id.into(), &ids, &vec![true; ids.len()]).unwrap();
+        let unprojected = pictures.iter().map(|&[tiles, rows]| Unprojected { tiles, rows, width: 1, data: Vec::new() });
+        let unprojected = unprojected.map(std::sync::Arc::new).collect();
+        example.keep(None, &SideValues { image: image.to_vec(), unprojected, ..SideValues::default() });
+        example
+    }
+
+    #[test]
+    fn features_are_joined_and_their_rows_take_the_places_of_image_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let examples = [
+            example("tiles", &[false, true, true, false], &[[2, 2]]),
+            example("text", &[false, false], &[]),
+            example("two", &[true, false, true], &[[1, 2], [1, 2]]),
+            example("large", &[true, false], &[[1, 3]]),
+        ];
+        let made = |rank: usize, row_wise: bool| {
+            let mut writer = RowsWriter::create(&folder.path().join("rows"), RowDtype::F32).unwrap();
+            writer.push(&(0..11).map(|number| number as f32).collect::<Vec<_>>(), 11).unwrap();
+            ConnectorRows::new(ConnectorInput { width: 1, rank, row_wise }, writer.finish().unwrap(), &examples)
+        };
+        let rows = made(3, false);
+        let batch =
+            |rows: &ConnectorRows, samples: &[usize], time: usize| rows.batch(&examples, samples, time, Device::Cpu);
+        let found = batch(&rows, &[2, 0], 4).unwrap().unwrap();
+        let floats = |tensor: &Tensor| Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap();
+        assert_eq!(
+            (found.features.size(), floats(&found.features)),
+            (vec![4, 2, 1], vec![4., 5., 6., 7., 0., 1., 2., 3.])
+        );
+        // Places 8 and up are the connector's rows; others are the tokens' own, padding among them.
+        let places = Vec::<i64>::try_from(found.places.flatten(0, -1)).unwrap();
+        assert_eq!((found.places.size(), places), (vec![2, 4], vec![8, 1, 9, 3, 4, 10, 11, 7]));
+        assert!(batch(&rows, &[1], 2).unwrap().is_none());
+        let refused = batch(&rows, &[0, 3], 4).unwrap_err().to_string();
+        assert!(refused.contains("`tiles`, `large`") && refused.contains("row by row"), "{refused}");
+        let sizes =
+            [made(3, true), made(2, false)].map(|rows| batch(&rows, &[0, 3], 4).unwrap().unwrap().features.size());
+        assert_eq!(sizes, [vec![1, 7, 1], vec![7, 1]]);
+    }
+}

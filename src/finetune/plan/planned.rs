@@ -100,7 +100,10 @@ impl PlannedConnector {
     pub fn line(&self) -> String {
         match &self.left_out {
             Some(reason) => format!("the connector `{}` gets no adapters: {reason}", self.file),
-            None => format!("the connector `{}` gets adapters on {} matrices", self.file, self.matrices),
+            None => {
+                let noun = if self.matrices == 1 { "matrix" } else { "matrices" };
+                format!("the connector `{}` gets adapters on {} {noun}", self.file, self.matrices)
+            }
         }
     }
 }
