@@ -6,8 +6,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use serde::{Deserialize, Serialize};
-
 use crate::analysis::position_wise_from;
 use crate::base::{Error, Result};
 use crate::finetune::settings::WriteTrained;
@@ -18,19 +16,8 @@ use crate::runtime::{InputKind, Port};
 
 use super::Cut;
 use super::adapters::reads_by_products;
-use super::inputs::inputs_of_kind;
+use super::inputs::{ConnectorInput, inputs_of_kind};
 use super::weights::{dims_of, quantised_operator, written_back};
-
-/// How a connector takes the features of several pictures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectorInput {
-    /// Width of a row of features.
-    pub width: usize,
-    /// 2 for rows, 3 for tiles of rows.
-    pub rank: usize,
-    /// True when each row of the output depends on the same row of features alone.
-    pub row_wise: bool,
-}
 
 /// A connector that is a part of the network in training.
 pub struct Connector {

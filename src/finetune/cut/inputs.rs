@@ -8,7 +8,6 @@ use crate::ir::{DataType, Graph, ValueId};
 use crate::runtime::{Embedded, Input, InputKind, Port, Step, Training};
 use crate::torch;
 
-use super::connector::ConnectorInput;
 use super::suffix::Suffix;
 
 /// Widths of the side values of a token. A row holds the embeddings, then the DeepStack levels, then the second
@@ -31,6 +30,17 @@ impl SideWidths {
     pub fn total(self) -> usize {
         self.embeddings + self.levels * self.level_width + self.per_layer
     }
+}
+
+/// How a connector takes the features of several pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectorInput {
+    /// Width of a row of features.
+    pub width: usize,
+    /// 2 for rows, 3 for tiles of rows.
+    pub rank: usize,
+    /// True when each row of the output depends on the same row of features alone.
+    pub row_wise: bool,
 }
 
 /// Decoder inputs whose values are stored, with their widths.

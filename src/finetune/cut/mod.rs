@@ -18,8 +18,8 @@ use crate::quantised::{Activations, QuantisedWeight, float_products, place_float
 use suffix::reader_count;
 
 pub use adapters::Adapted;
-pub use connector::{Connector, ConnectorInput};
-pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
+pub use connector::Connector;
+pub use inputs::{ConnectorInput, SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{trained_weights, written_back};

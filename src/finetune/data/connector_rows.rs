@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::batch::Example;
+use super::example::{Example, running_sum};
 use super::rows::RowsFile;
 use crate::base::{Error, Result};
 use crate::finetune::cut::ConnectorInput;
@@ -34,7 +34,7 @@ pub fn feature_rows(example: &Example) -> usize {
 impl ConnectorRows {
     /// Pairs examples with the rows of their pictures, which are in the same order.
     pub fn new(input: ConnectorInput, rows: RowsFile, examples: &[Example]) -> Self {
-        let starts = super::batch::running_sum(examples.iter().map(feature_rows));
+        let starts = running_sum(examples.iter().map(feature_rows));
         ConnectorRows { input, rows, starts }
     }
 

@@ -10,8 +10,9 @@ use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
 
-use super::batch::{Example, TrainingSet, total_tokens};
+use super::batch::TrainingSet;
 use super::connector_rows::feature_rows;
+use super::example::{Example, total_tokens};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::source::{Source, TrainingSample};
 use crate::finetune::cut::{SideInputs, SideWidths};

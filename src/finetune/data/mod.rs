@@ -2,6 +2,7 @@
 
 mod batch;
 mod connector_rows;
+mod example;
 mod frozen_part;
 mod rows;
 mod same;
@@ -9,9 +10,9 @@ mod source;
 mod streamed;
 mod teacher;
 
-#[cfg(test)]
-pub use batch::Example;
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
+#[cfg(test)]
+pub use example::Example;
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};
 pub use source::{Conversations, Source, TrainingSample};

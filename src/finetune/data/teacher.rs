@@ -17,7 +17,8 @@ use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, Session, SessionOptions, TensorValue, VlmSession, headed};
 
-use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
+use super::batch::{StreamTarget, Targets, TrainingSet};
+use super::example::{Example, total_tokens};
 use super::frozen_part::{self, LazySession, RowStore, each_round};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::same::same_computation;
