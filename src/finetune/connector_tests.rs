@@ -401,7 +401,9 @@ fn a_plan_lists_the_connector() {
     assert!((4 * 512 * 160..4 * 512 * 160 + 4096).contains(&weights), "{weights}");
     assert_eq!(named("connector's adapters")[0].bytes, 4 * 4 * (512 + 160));
     // Four rows of 128 for each image token.
-    assert!(named("connector's activations")[0].bytes >= with.workers * 512 * 4 * 4 * 128);
+    let (share, most) = (with.data.image_share, named("connector's activations")[0].bytes as f64);
+    let least = share * (with.workers * 512 * 4 * 4 * 128) as f64;
+    assert!(share > 0.1 && share < 1.0 && most >= least && most < 8.0 * least, "{share}, {most}, {least}");
     let rows = named("features of pictures that the connector reads")[0];
     assert_eq!((rows.bytes, with.data.image_tokens > 0), (4 * with.data.image_tokens * 4 * 128, true));
     // Without adapters on all layers, or without a connector of its own, nothing changes.
@@ -410,6 +412,9 @@ fn a_plan_lists_the_connector() {
     for plan in [&own, &whole] {
         assert!(plan.connector.is_none() && plan.bytes.iter().all(|item| !item.what.contains("connector")));
     }
+    // The layers hold what they hold without it.
+    let layers = |plan: &RunPlan| plan.bytes.iter().find(|item| item.what == "activations").unwrap().bytes;
+    assert_eq!(layers(&with), layers(&whole));
     assert_eq!(with.trained_parameters, whole.trained_parameters + connector.parameters);
 }
 

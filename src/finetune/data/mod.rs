@@ -11,7 +11,6 @@ mod streamed;
 mod teacher;
 
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
-#[cfg(test)]
 pub use example::Example;
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};

@@ -221,6 +221,8 @@ impl<'a> Walk<'a> {
         match op {
             "Concat" => flowing.iter().map(width).fold(Width::default(), Width::plus),
             "ReduceMean" | "ReduceSum" | "ReduceMax" => Width { own: 1, per_key: 0 },
+            // The second input gives the type alone.
+            "CastLike" => node.inputs.first().copied().flatten().as_ref().map(width).unwrap_or_default(),
             "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" => match (self.sides(node), flowing) {
                 (Some((rows, columns)), [x, ..]) => {
                     let x = width(x);

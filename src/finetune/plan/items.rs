@@ -197,17 +197,14 @@ fn passes_per_step(plan: &RunPlan, settings: &Settings) -> u64 {
     tokens.div_ceil((plan.batch_tokens * plan.workers).max(1))
 }
 
-/// Bytes of the activations of a connector in a pass of image tokens alone, with the formula.
+/// Bytes of the activations of a connector in a pass of the samples with the largest share of image tokens, with the formula.
 fn connector_activations(plan: &RunPlan, connector: &ConnectorSizes) -> (u64, String) {
     let width: u64 = if plan.precision == Precision::Bf16 { 2 } else { 4 };
-    let tokens = plan.batch_tokens;
-    let rows = connector.rows_of(tokens);
-    let keys = connector.rows.0;
+    let tokens = (plan.batch_tokens as f64 * plan.data.image_share).ceil() as u64;
+    let (rows, keys) = (connector.rows_of(tokens), connector.rows.0);
     let numbers = connector.width + connector.activations.kept.at(keys) + 2 * connector.activations.widest.at(keys);
-    (
-        width * rows * numbers,
-        format!("{width} x {rows} rows of features x {numbers} numbers, for {tokens} image tokens"),
-    )
+    let formula = format!("{width} x {rows} rows of features x {numbers} numbers, for {tokens} image tokens");
+    (width * rows * numbers, formula)
 }
 
 /// Bytes of activations and logits that a pass holds for its backward pass, with the formula.

@@ -122,6 +122,9 @@ pub struct PlannedData {
     /// Image tokens of all samples.
     #[serde(default)]
     pub image_tokens: u64,
+    /// Largest share of image tokens in a sample, from 0 to 1.
+    #[serde(default)]
+    pub image_share: f64,
     /// True when the figures are estimated from the first samples.
     pub estimated: bool,
 }

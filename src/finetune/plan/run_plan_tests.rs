@@ -74,7 +74,8 @@ fn planned(
 ) -> RunPlan {
     let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
     let (samples, tokens, answer_tokens, longest_tokens) = (2400, 2_400_000, 240_000, 1500);
-    let data = PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens: 1_200_000, estimated: true };
+    let (image_tokens, image_share, estimated) = (0, 0.0, true);
+    let data = PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated };
     let inputs = PlanInputs {
         device: "cuda:0".to_string(),
         on_gpu,

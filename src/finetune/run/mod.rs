@@ -15,7 +15,7 @@ use crate::data::LeftOut;
 use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{
-    Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
+    Example, Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
 };
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, RunPlan, anchor_points};
@@ -258,12 +258,15 @@ fn agreed(own: Option<bool>, ranks: Option<&Ranks>) -> Result<bool> {
 fn planned_data(dataset: &TrainingSet, estimate: &PlannedData) -> PlannedData {
     let examples = &dataset.examples;
     let tokens: u64 = examples.iter().map(|example| example.length as u64).sum();
-    let counted = examples.iter().flat_map(|example| &example.detail().image).map(|&[_, count]| u64::from(count)).sum();
+    let image = |example: &Example| example.detail().image.iter().map(|&[_, count]| u64::from(count)).sum::<u64>();
+    let counted: u64 = examples.iter().map(image).sum();
+    let share = |example| image(example) as f64 / example.length.max(1) as f64;
     let scaled = u128::from(estimate.image_tokens) * u128::from(tokens) / u128::from(estimate.tokens.max(1));
     PlannedData {
         samples: examples.len() as u64,
         tokens,
         image_tokens: if counted > 0 { counted } else { scaled as u64 },
+        image_share: examples.iter().map(share).fold(estimate.image_share, f64::max),
         answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
         longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
         estimated: false,
