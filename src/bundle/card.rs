@@ -46,9 +46,10 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
             let added = format!("- nodes that make up for removed layers added behind layers {}.", list(bridged));
             lines.extend((!bridged.is_empty()).then_some(added));
         }
-        if let RecordedStep::Finetune { layers, samples, .. } = step {
+        if let RecordedStep::Finetune { layers, connector, samples, .. } = step {
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
-            lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
+            let with = if *connector { " and the connector" } else { "" };
+            lines.push(format!("- {} of the {of}{with} trained on {samples} samples.", layers.len()));
         }
         if let RecordedStep::Quantise { precisions } = step {
             lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
@@ -172,12 +173,22 @@ mod tests {
         assert!(first.contains("> - 2 of 8 layers of the language model removed: layers 2, 5, counted from 0.\n"));
         assert!(first.ends_with("<!-- interlace: end -->\n\n# Model\n\n97.3 % accuracy\n"), "{first}");
         // A later step replaces the preface and keeps the first model's name.
-        let step = RecordedStep::Finetune { layers: vec![1, 2], samples: 40, settings: serde_json::Value::Null };
+        let step = RecordedStep::Finetune {
+            layers: vec![1, 2],
+            connector: false,
+            samples: 40,
+            settings: serde_json::Value::Null,
+        };
         let second = with_preface(&first, "pruned", &[prune(&[2, 5], 8), step], "interlace 1");
         assert_eq!(second.matches("<!-- interlace: made from org/name -->").count(), 1, "{second}");
         assert!(second.contains("> - 2 of the remaining layers trained on 40 samples.\n"), "{second}");
         assert!(!second.contains("pruned"), "{second}");
-        let step = RecordedStep::Finetune { layers: vec![0, 1], samples: 40, settings: serde_json::Value::Null };
+        let step = RecordedStep::Finetune {
+            layers: vec![0, 1],
+            connector: false,
+            samples: 40,
+            settings: serde_json::Value::Null,
+        };
         let whole = with_preface("# Model\n", "name", &[step], "interlace 1");
         assert!(whole.contains("> - 2 of the layers of the language model trained on 40 samples.\n"), "{whole}");
         let bare = with_preface("# Model\n", "name", &[prune(&[1], 8)], "interlace 1");

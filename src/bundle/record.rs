@@ -47,6 +47,9 @@ pub enum RecordedStep {
     Finetune {
         /// Indices just before this step.
         layers: Vec<usize>,
+        /// True when the connector, a graph of its own, was trained with them.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        connector: bool,
         /// Samples seen.
         samples: u64,
         /// Optimiser, loss and schedule, as the verb understood them.

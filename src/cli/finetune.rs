@@ -87,8 +87,8 @@ pub struct Args {
     /// [default: train the weights]
     #[arg(long, value_name = "R")]
     lora_rank: Option<u32>,
-    /// Put adapters beside the weights of these layers: those that the plan names, or all that are left
-    /// [default: trained]
+    /// Put adapters beside the weights of these layers: those that the plan names, or all that are left, with the connector
+    /// between vision encoder and decoder where it is a graph of its own [default: trained]
     #[arg(long, value_enum)]
     lora_layers: Option<LoraLayersArg>,
     /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
@@ -252,11 +252,12 @@ fn loss_line(losses: &[f64]) -> Option<String> {
 /// Prints the report of a run.
 fn print_report(report: &Report, losses: Option<String>, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
-        "{} steps on {} samples, {} trained parameters in layers {:?}",
+        "{} steps on {} samples, {} trained parameters in layers {:?}{}",
         report.steps,
         report.samples,
         human_count(report.trained_parameters),
-        report.layers
+        report.layers,
+        report.connector.as_ref().map_or(String::new(), |file| format!(" and the connector `{file}`"))
     ))?;
     for trial in &report.trials {
         let taken = if trial.learning_rate == report.learning_rate { ", taken" } else { "" };
@@ -296,6 +297,9 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
         return Ok(done);
     }
     output.line(plan.line())?;
+    if let Some(connector) = &plan.connector {
+        output.line(connector.line())?;
+    }
     let head = ["what", "when", "where", "bytes", "from"].map(str::to_string);
     let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_string();
     let row = |item: &PlannedBytes| -> anyhow::Result<Vec<String>> {

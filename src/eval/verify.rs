@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::base::{
     Cancel, Error, Progress, Provenance, Result, Sha256Digest, human_bytes, sha256_file, sha256_large_file,
@@ -10,6 +11,7 @@ use crate::base::{
 use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
+use crate::prompt::ImageArrays;
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
     TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
@@ -192,8 +194,13 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             tract(bundle, part, &feeds, runtime, checks)?;
             interpreter(part, &model, &mut embedding.into_session(), &feeds, runtime, checks);
         }
+        Role::Projector => match connector_feeds(bundle, &session, &path, runtime) {
+            Ok(Some(feeds)) => interpreter(part, &model, &mut { session }, &feeds, runtime, checks),
+            Ok(None) => {}
+            Err(error) => checks.error("interpreter", &part.file, &error),
+        },
         // Weights without layers: loading is the only check that applies to them alone.
-        Role::Projector | Role::TokenPruner | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
+        Role::TokenPruner | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
         Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
             let head_dim = bundle.config().and_then(|config| config.head_size());
             let decoder = Decoder::new(session, head_dim)?;
@@ -205,23 +212,59 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
     Ok(())
 }
 
+/// The connector's input: the vision encoder's features of a picture. `None` in a folder without an encoder, or for a
+/// connector with other inputs.
+///
+/// Errors: as [`noise_or_own_picture`] and `VisionEncoder::encode`.
+fn connector_feeds(
+    bundle: &Bundle,
+    session: &Session,
+    path: &Path,
+    runtime: &Runtime,
+) -> Result<Option<Vec<(String, TensorValue)>>> {
+    let (Some(encoder), [port]) = (bundle.component(Role::VisionEncoder), session.inputs()) else { return Ok(None) };
+    let encoder = runtime.session(&bundle.path_of(encoder), &EXACT)?;
+    let encoder = VisionEncoder::new(encoder, Sha256Digest::new(), FeatureCache::new(0))?;
+    let mut encoder = encoder.with_projector(runtime.session(path, &EXACT)?)?;
+    encoder.keep_unprojected();
+    let picture = noise_or_own_picture(bundle, &encoder)?;
+    let features = encoder.encode(&[&picture])?;
+    let before = features.first().and_then(|features| features.unprojected.as_ref());
+    let feeds = before.map(|before| {
+        let shape = match port.rank() {
+            2 => vec![before.tiles * before.rows, before.width],
+            _ => vec![before.tiles, before.rows, before.width],
+        };
+        Ok(vec![(port.name.clone(), TensorValue::from_f32(port.dtype, &shape, before.data.clone())?)])
+    });
+    feeds.transpose()
+}
+
 /// The vision encoder's inputs for a picture: from the model's own processor if possible, otherwise synthetic.
 ///
 /// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
 fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, TensorValue)>)> {
     let encoder = VisionEncoder::new(session, Sha256Digest::new(), FeatureCache::new(0))?;
-    let made = noise_picture(encoder.session().subject(), encoder.inputs()).and_then(|made| encoder.feeds(&[&made]));
-    let feeds = match made {
-        Ok(feeds) => feeds,
+    let picture = noise_or_own_picture(bundle, &encoder)?;
+    let feeds = encoder.feeds(&[&picture])?;
+    Ok((encoder.into_session(), feeds))
+}
+
+/// A synthetic picture that fits the encoder, or else one from the model's own processor.
+///
+/// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
+fn noise_or_own_picture(bundle: &Bundle, encoder: &VisionEncoder) -> Result<Arc<ImageArrays>> {
+    let made = noise_picture(encoder.session().subject(), encoder.inputs());
+    match made.and_then(|made| encoder.feeds(&[&made]).map(|_| made)) {
+        Ok(made) => Ok(Arc::new(made)),
         Err(error) => {
             let own = Processor::open(bundle).and_then(|processor| picture_prompt(&processor));
             match own.as_ref().map(|prompt| prompt.pictures.first()) {
-                Ok(Some(picture)) => encoder.feeds(&[picture])?,
-                _ => return Err(error),
+                Ok(Some(picture)) => Ok(Arc::clone(picture)),
+                _ => Err(error),
             }
         }
-    };
-    Ok((encoder.into_session(), feeds))
+    }
 }
 
 /// A synthetic prompt for a token embedding; it contains a picture if the graph merges features.

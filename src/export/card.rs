@@ -129,7 +129,12 @@ mod tests {
             mlps: Vec::new(),
             taps: Vec::new(),
         };
-        let train = RecordedStep::Finetune { layers: vec![1, 2], samples: 4, settings: serde_json::Value::Null };
+        let train = RecordedStep::Finetune {
+            layers: vec![1, 2],
+            connector: false,
+            samples: 4,
+            settings: serde_json::Value::Null,
+        };
         let history = [prune(6, &[1], &[1]), train, prune(5, &[3], &[4])];
         assert!(strip(Tower::Text, &history).unwrap().ends_with("    .DTTD."));
         assert_eq!(strip(Tower::Vision, &history), None);

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::ir::ValueId;
 use crate::rewrite::fuse_kernels;
+use crate::runtime::InputKind;
 use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Cut, Suffix, inputs_of};
@@ -24,6 +25,8 @@ pub struct Student {
     /// Type of the residual stream, and with it of the activations, where that is not f32.
     stream_kind: Option<Kind>,
     feeds: Feeds,
+    /// The connector's inputs, and the embeddings with its output among them.
+    connector: Option<ConnectorValues>,
     /// For each layer, the positions in `weights()` of the parameters that it reads.
     by_layer: Vec<Vec<usize>>,
     /// Points of the residual stream with targets, counted in layers from the first trained one, in the order of the
@@ -33,6 +36,15 @@ pub struct Student {
     pub anchor_points: Vec<usize>,
     /// The only layer in training, counted from the first trained one; None when all layers are trained together.
     pub only: Option<usize>,
+}
+
+/// Values of a connector that is a part of the network.
+struct ConnectorValues {
+    features: ValueId,
+    places: ValueId,
+    merged: ValueId,
+    /// Positions in `weights()` of its parameters.
+    weights: Vec<usize>,
 }
 
 /// Values other than the residual stream that the layers read, for one batch.
@@ -59,19 +71,34 @@ impl Student {
             hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
-        let feeds = Feeds::new(inputs_of(graph, &suffix)?, suffix.reads_tokens, |id| program.reads_on_host(id));
+        // The connector's inputs come with the batch.
+        let inputs = inputs_of(graph, &suffix)?.into_iter().filter(|(_, input)| input.kind() != InputKind::Added);
+        let feeds = Feeds::new(inputs.collect(), suffix.reads_tokens, |id| program.reads_on_host(id));
         let by_layer = suffix
             .trained
             .iter()
             .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
             .collect();
         let trained = cut.trained.len();
+        let connector = cut.connector.as_ref().map(|connector| {
+            let adapted = cut.adapted.iter().filter(|adapted| cut.of_connector(adapted.weight));
+            let ids: Vec<ValueId> = adapted.flat_map(|adapted| [adapted.a, adapted.b]).collect();
+            let weights =
+                program.parameters()[..trained].iter().enumerate().filter(|(_, weight)| ids.contains(&weight.id));
+            ConnectorValues {
+                features: connector.features,
+                places: connector.places,
+                merged: connector.merged,
+                weights: weights.map(|(number, _)| number).collect(),
+            }
+        });
         Ok(Student {
             program,
             trained,
             suffix,
             stream_kind,
             feeds,
+            connector,
             by_layer,
             points: Vec::new(),
             anchor_points: Vec::new(),
@@ -138,6 +165,11 @@ impl Student {
         &self.by_layer[layer]
     }
 
+    /// True for a weight, by its position in `weights()`, that the loss does not depend on in batches without pictures.
+    pub fn reads_pictures_alone(&self, weight: usize) -> bool {
+        self.connector.as_ref().is_some_and(|connector| connector.weights.contains(&weight))
+    }
+
     /// The weights in training: those of the layer `only`, or all of them.
     pub fn weights_now(&self) -> impl Iterator<Item = &torch::Parameter> {
         let own = self.only.map(|layer| self.layer_parameters(layer));
@@ -175,12 +207,12 @@ impl Student {
                 (Ok((_, tensor)), ..) => tensor,
                 (Err(_), Some(stored), _) => torch::tensor_from_ir(name, stored)?,
                 (Err(_), None, Some(quantised)) => {
-                    let values = quantised.form.values(&cut.stored.graph.body)?;
+                    let values = quantised.form.values(cut.stored_body(adapted.weight))?;
                     torch::tensor_from_ir(name, &crate::ir::Tensor::from_f32(&quantised.dims, &values))?
                 }
                 (Err(error), None, None) => return Err(error),
             };
-            let computed = quantised.map(|quantised| quantised.form.float_type(&cut.stored.graph.body));
+            let computed = quantised.map(|quantised| quantised.form.float_type(cut.stored_body(adapted.weight)));
             let dtype = stored.map(|stored| stored.dtype).or(computed).unwrap_or(crate::ir::DataType::Float);
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
@@ -213,6 +245,15 @@ impl Student {
         let mut given = Vec::with_capacity(batch.inputs.len() + self.suffix.side.len());
         for (id, feed) in &batch.inputs {
             given.push((*id, feed.tensor(self.device())?));
+        }
+        match (&self.connector, &batch.connector) {
+            (Some(own), Some(rows)) => {
+                given.push((own.features, self.entering(&rows.features)?));
+                given.push((own.places, rows.places.shallow_clone()));
+            }
+            // Without pictures the connector does not run.
+            (Some(own), None) => given.push((own.merged, self.entering(&batch.hidden)?)),
+            (None, _) => {}
         }
         // Some of these values take their length from the first stream, which is an input of the program.
         let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();

@@ -1,5 +1,7 @@
 //! Complete runs on the shipped model.
 
+#[path = "connector_tests.rs"]
+mod connector;
 #[path = "quantised_tests.rs"]
 mod quantised;
 #[path = "rate_tests.rs"]

@@ -32,6 +32,13 @@ pub struct Inlined {
     pub outputs: Vec<ValueId>,
 }
 
+impl JoinedPart<'_> {
+    /// The id in the joined model of a weight of the part.
+    pub fn weight(&self, id: ValueId) -> Option<ValueId> {
+        self.weights.get(&id).copied()
+    }
+}
+
 impl Joined {
     /// Moves the weights and functions of `model` in. Names of weights begin with `name/`.
     ///

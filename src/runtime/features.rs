@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::base::Sha256Digest;
 
+use super::projector::Unprojected;
+
 /// Output of a vision encoder for one picture: one row per image token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
@@ -17,6 +19,8 @@ pub struct Features {
     pub deepstack: Vec<Vec<f32>>,
     /// The number of each level in the encoder's output names.
     pub levels: Vec<usize>,
+    /// What the projector made `data` from; `None` unless the encoder keeps it.
+    pub unprojected: Option<Arc<Unprojected>>,
 }
 
 impl Features {
@@ -25,18 +29,21 @@ impl Features {
         self.data.len().checked_div(self.hidden_size).unwrap_or(0)
     }
 
-    /// The features of a range of image tokens.
+    /// The features of a range of image tokens. Those before the projector are not cut: a part of them has none.
     pub fn part(&self, tokens: Range<usize>) -> Features {
         let cut = |rows: &Vec<f32>| {
             let range = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
             rows.get(range).unwrap_or_default().to_vec()
         };
         let deepstack = self.deepstack.iter().map(cut).collect();
-        Features { hidden_size: self.hidden_size, data: cut(&self.data), deepstack, levels: self.levels.clone() }
+        let unprojected = self.unprojected.clone().filter(|_| tokens == (0..self.tokens()));
+        let (hidden_size, levels) = (self.hidden_size, self.levels.clone());
+        Features { hidden_size, data: cut(&self.data), deepstack, levels, unprojected }
     }
 
     fn bytes(&self) -> usize {
-        let numbers = self.data.len() + self.deepstack.iter().map(Vec::len).sum::<usize>();
+        let unprojected = self.unprojected.as_ref().map_or(0, |unprojected| unprojected.data.len());
+        let numbers = self.data.len() + self.deepstack.iter().map(Vec::len).sum::<usize>() + unprojected;
         numbers * size_of::<f32>()
     }
 }
@@ -87,7 +94,8 @@ mod tests {
     use super::*;
 
     fn features(value: f32) -> Arc<Features> {
-        Arc::new(Features { hidden_size: 2, data: vec![value; 2], deepstack: vec![vec![value; 2]], levels: vec![0] })
+        let (data, deepstack) = (vec![value; 2], vec![vec![value; 2]]);
+        Arc::new(Features { hidden_size: 2, data, deepstack, levels: vec![0], unprojected: None })
     }
 
     #[test]

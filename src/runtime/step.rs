@@ -10,6 +10,7 @@ use crate::base::{Error, Result};
 use crate::prompt::{Array, ImageArrays};
 
 use super::port::Port;
+use super::projector::Unprojected;
 
 /// A prompt in the form of decoder inputs: `T` tokens with the values computed for them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -47,6 +48,8 @@ pub struct SideValues {
     pub features: Vec<f32>,
     /// Pictures, when the decoder's graph takes them.
     pub pictures: Vec<Arc<ImageArrays>>,
+    /// What the projector made the rows at image tokens from, by picture; empty unless the vision encoder keeps it.
+    pub unprojected: Vec<Arc<Unprojected>>,
     /// Ready tensors for inputs by name.
     pub given: BTreeMap<String, Array>,
 }
@@ -106,6 +109,7 @@ impl Embedded {
                 per_layer: cut(&self.side.per_layer),
                 features: level(&self.side.features),
                 pictures: if inside > 0 { self.side.pictures.clone() } else { Vec::new() },
+                unprojected: Vec::new(),
                 given: self.side.given.clone(),
                 image,
             },

@@ -133,6 +133,7 @@ impl Embedded {
                 per_layer: rows(&self.side.per_layer),
                 features: Vec::new(),
                 pictures: Vec::new(),
+                unprojected: Vec::new(),
                 given: self.side.given.clone(),
             },
             kept: Some(kept),

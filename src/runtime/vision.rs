@@ -11,6 +11,7 @@ use super::features::{FeatureCache, Features};
 use super::inputs::{Input, InputKind, output_kind, unknown};
 use super::pictures::{array, is_padded, share_a_run, tile_count};
 use super::port::Port;
+use super::projector::Projector;
 use super::session::{Outputs, Session};
 use super::tensor::TensorValue;
 
@@ -25,6 +26,7 @@ pub struct VisionEncoder {
     output: String,
     deepstack: Deepstack,
     projector: Option<Projector>,
+    keeps_unprojected: bool,
     digest: Sha256Digest,
     cache: Arc<FeatureCache>,
 }
@@ -36,14 +38,6 @@ enum Deepstack {
     Levels(Vec<(usize, String)>),
     /// One output with all levels; the level is the first axis.
     Stacked(String),
-}
-
-/// The graph that projects the encoder's output to the decoder's width, when it is a file of its own.
-#[derive(Debug)]
-struct Projector {
-    session: Session,
-    input: Port,
-    output: String,
 }
 
 impl VisionEncoder {
@@ -65,22 +59,25 @@ impl VisionEncoder {
                 .remedy("export the vision encoder with `pixel_values` as its input"));
         }
         let (output, deepstack) = outputs(session.subject(), session.outputs())?;
-        Ok(VisionEncoder { session, inputs, output, deepstack, projector: None, digest, cache })
+        let (projector, keeps_unprojected) = (None, false);
+        Ok(VisionEncoder { session, inputs, output, deepstack, projector, keeps_unprojected, digest, cache })
     }
 
     /// Adds a projector: a graph that projects the features to the decoder's width.
     ///
     /// Errors: `Error::Unsupported` unless that graph has one input and one output.
     pub fn with_projector(mut self, session: Session) -> Result<Self> {
-        let (input, output) = match (session.inputs(), session.outputs()) {
-            ([input], [output]) => (input.clone(), output.name.clone()),
-            (inputs, outputs) => {
-                let problem = format!("has {} inputs and {} outputs, expected one each", inputs.len(), outputs.len());
-                return Err(Error::unsupported(session.subject(), problem).remedy("export the projector alone"));
-            }
-        };
-        self.projector = Some(Projector { session, input, output });
+        self.projector = Some(Projector::new(session)?);
         Ok(self)
+    }
+
+    /// Keeps what the projector reads, in [`Features::unprojected`]. Without a projector nothing changes.
+    pub fn keep_unprojected(&mut self) {
+        if self.projector.is_some() && !self.keeps_unprojected {
+            self.keeps_unprojected = true;
+            // The cache has features of the same encoder without them.
+            self.digest.push_str(" unprojected");
+        }
     }
 
     /// The session that runs the graph.
@@ -95,7 +92,7 @@ impl VisionEncoder {
 
     /// Time inside all runs so far, the projector's included.
     pub fn elapsed(&self) -> Duration {
-        let projector = self.projector.as_ref().map_or(Duration::ZERO, |projector| projector.session.elapsed());
+        let projector = self.projector.as_ref().map_or(Duration::ZERO, Projector::elapsed);
         self.session.elapsed() + projector
     }
 
@@ -170,6 +167,20 @@ impl VisionEncoder {
             Some(projector) => Some(projector.run(outputs.get(&self.output)?)?),
             None => None,
         };
+        let mut unprojected = match self.projector.as_ref().filter(|_| self.keeps_unprojected) {
+            Some(projector) => {
+                let before = outputs.get(&self.output)?;
+                let (_, own) = shares.split(subject, before.shape(), &before.to_f32()?)?;
+                let all = shares.0.iter().sum();
+                let tiles = shares.0.iter().map(|&tiles| (tiles, all));
+                own.into_iter()
+                    .zip(tiles)
+                    .map(|(data, tiles)| projector.unprojected(&before.shape(), tiles, data))
+                    .collect()
+            }
+            None => Vec::new(),
+        }
+        .into_iter();
         let main = projected.as_ref().map_or_else(|| outputs.get(&self.output), Ok)?;
         let (hidden_size, data) = shares.split(subject, main.shape(), &main.to_f32()?)?;
         let levels = self.deepstack.levels(subject, &outputs, &shares, hidden_size)?;
@@ -178,7 +189,8 @@ impl VisionEncoder {
             .enumerate()
             .map(|(picture, data)| {
                 let deepstack = levels.iter().map(|level| level[picture].clone()).collect();
-                Features { hidden_size, data, deepstack, levels: self.deepstack.numbers(levels.len()) }
+                let unprojected = unprojected.next().map(Arc::new);
+                Features { hidden_size, data, deepstack, levels: self.deepstack.numbers(levels.len()), unprojected }
             })
             .collect())
     }
@@ -264,27 +276,6 @@ impl Deepstack {
                 data.chunks_exact(each.max(1)).map(|level| split(shape[1..].to_vec(), level)).collect()
             }
         }
-    }
-}
-
-impl Projector {
-    /// Projects features to the decoder's width. If the input has one axis less, all rows are concatenated.
-    fn run(&mut self, features: &TensorValue) -> Result<TensorValue> {
-        let shape = features.shape();
-        let (rank, width) = (shape.len(), shape.last().copied().unwrap_or(0));
-        let data = features.to_f32()?.into_owned();
-        let rows = data.len().checked_div(width).unwrap_or(0);
-        let shape = match self.input.rank() {
-            wanted if wanted == rank => shape,
-            2 => vec![rows, width],
-            3 => vec![1, rows, width],
-            _ => {
-                let problem = format!("input {} got features of shape {shape:?}", self.input.described());
-                return Err(Error::invalid(self.session.subject(), problem));
-            }
-        };
-        let tensor = TensorValue::from_f32(self.input.dtype, &shape, data)?;
-        self.session.run(&[(self.input.name.as_str(), &tensor)], None)?.take(&self.output)
     }
 }
 

@@ -12,6 +12,7 @@ use super::features::Features;
 use super::inputs::{Input, InputKind};
 use super::positions::multimodal_positions;
 use super::profile::NetworkTimes;
+use super::projector::Unprojected;
 use super::session::Outputs;
 use super::step::{Embedded, SideValues, Step};
 use super::token_pruner::TokenPruner;
@@ -120,6 +121,13 @@ impl VlmSession {
             },
             embedding: self.embed.as_ref().map_or(Duration::ZERO, TokenEmbedding::elapsed),
             decoder: self.decoder.session().elapsed(),
+        }
+    }
+
+    /// Keeps what the projector reads, in [`SideValues::unprojected`]. Without a projector nothing changes.
+    pub fn keep_unprojected(&mut self) {
+        if let Some(Vision::Known(vision)) = &mut self.vision {
+            vision.keep_unprojected();
         }
     }
 
@@ -260,6 +268,11 @@ impl VlmSession {
         if !merged_by_graph && embedded.hidden_size > 0 {
             self.write_features(embedded, features)?;
         }
+        let unprojected: Vec<Arc<Unprojected>> = features.iter().filter_map(|item| item.unprojected.clone()).collect();
+        if !unprojected.is_empty() && unprojected.len() == features.len() {
+            check_unchanged(embedded, features)?;
+            embedded.side.unprojected = unprojected;
+        }
         // The decoder does not read the data for the embedding component.
         if !self.decoder.takes(InputKind::ImageFeatures) {
             embedded.side.features = Vec::new();
@@ -362,6 +375,27 @@ impl VlmSession {
     pub(super) fn embedding_inputs(&self) -> &[Input] {
         self.embed.as_ref().map_or(&[], TokenEmbedding::inputs)
     }
+}
+
+/// Largest difference, relative to the largest number, between a row of features and the row that takes its place among the
+/// embeddings: those of 16-bit graphs are rounded.
+const ROUNDING: f32 = 1e-2;
+
+/// Checks that the rows at image tokens are the projector's output, which training computes anew.
+///
+/// Errors: `Error::Unsupported` when the graph of the embeddings changes them.
+fn check_unchanged(embedded: &Embedded, features: &[Arc<Features>]) -> Result<()> {
+    let width = embedded.hidden_size.max(1);
+    let rows = embedded.data.chunks_exact(width).zip(&embedded.side.image).filter(|(_, image)| **image);
+    let found = rows.flat_map(|(row, _)| row);
+    let want = || features.iter().flat_map(|item| &item.data);
+    let largest = want().fold(0f32, |largest, number| largest.max(number.abs()));
+    let count = embedded.side.image.iter().filter(|image| **image).count() * width;
+    if count == want().count() && found.zip(want()).all(|(a, b)| (a - b).abs() <= ROUNDING * largest) {
+        return Ok(());
+    }
+    Err(Error::unsupported("training the connector", "the graph of the embeddings changes the connector's output")
+        .remedy("leave the connector as it is with `--lora-layers trained`"))
 }
 
 /// DeepStack features of all pictures by level, and the levels' numbers; empty when the pictures have none.

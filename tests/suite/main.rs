@@ -8,6 +8,7 @@ mod buffers;
 mod checkpoints;
 mod cli;
 mod compensation;
+mod connector;
 mod consumers;
 mod corners;
 mod data_sets;

@@ -62,7 +62,7 @@ impl Pruned {
 }
 
 /// Starts one process for each rank with the environment of torchrun.
-fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
+pub fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
     start_each(size, &|_| command())
 }
 
@@ -78,11 +78,11 @@ fn start_each(size: usize, command: &dyn Fn(usize) -> Command) -> Vec<Child> {
     (0..size).map(rank).collect()
 }
 
-fn ended(children: Vec<Child>) -> Vec<Output> {
+pub fn ended(children: Vec<Child>) -> Vec<Output> {
     children.into_iter().map(|child| child.wait_with_output().expect("an end")).collect()
 }
 
-fn close(a: &[f64], b: &[f64]) {
+pub fn close(a: &[f64], b: &[f64]) {
     assert!(!a.is_empty() && a.len() == b.len(), "{a:?} and {b:?}");
     for (step, (a, b)) in a.iter().zip(b).enumerate() {
         assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "step {step}: {a} and {b}");

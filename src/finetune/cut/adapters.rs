@@ -115,6 +115,11 @@ fn node(op_type: &str, name: String, inputs: &[ValueId], output: ValueId) -> Nod
     Node { name, op_type: op_type.to_string(), inputs, outputs: vec![Some(output)], ..Node::default() }
 }
 
+/// True when nothing but products reads a weight.
+pub(super) fn reads_by_products(graph: &Graph, index: &GraphIndex, weight: ValueId) -> bool {
+    matches!(reads_of(graph, index, weight), Reads::Products { .. })
+}
+
 fn reads_of(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
     let nodes = &graph.body.nodes;
     let readers = |id: ValueId| -> Vec<usize> {

@@ -32,12 +32,25 @@ impl SideWidths {
     }
 }
 
+/// How a connector takes the features of several pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectorInput {
+    /// Width of a row of features.
+    pub width: usize,
+    /// 2 for rows, 3 for tiles of rows.
+    pub rank: usize,
+    /// True when each row of the output depends on the same row of features alone.
+    pub row_wise: bool,
+}
+
 /// Decoder inputs whose values are stored, with their widths.
 #[derive(Clone, Debug, Default)]
 pub struct SideInputs {
     pub widths: SideWidths,
     /// DeepStack inputs, each level once, in ascending order.
     pub deepstack: Vec<Input>,
+    /// The features that the connector reads, where it is a part of the network in training.
+    pub connector: Option<ConnectorInput>,
 }
 
 impl SideInputs {
@@ -111,6 +124,11 @@ pub fn row_inputs(graph: &Graph) -> Vec<ValueId> {
         InputKind::PositionIds => input.port.rank() > 2,
         _ => false,
     })
+}
+
+/// Decoder inputs of one kind.
+pub fn inputs_of_kind(graph: &Graph, kind: InputKind) -> Vec<ValueId> {
+    inputs_with(graph, |input| input.kind() == kind)
 }
 
 fn inputs_with(graph: &Graph, wanted: impl Fn(&Input) -> bool) -> Vec<ValueId> {

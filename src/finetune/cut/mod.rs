@@ -1,6 +1,7 @@
 //! The cut of a decoder for training. It depends on the graph alone.
 
 mod adapters;
+mod connector;
 mod inputs;
 mod projection;
 mod suffix;
@@ -11,13 +12,14 @@ use std::collections::HashSet;
 use crate::analysis::{Analysis, analyse, head_weight};
 use crate::base::{Error, Result};
 use crate::finetune::settings::{Lora, WriteTrained};
-use crate::ir::{Model, Tensor, ValueId};
+use crate::ir::{Body, Model, Tensor, ValueId};
 use crate::quantised::{Activations, QuantisedWeight, float_products, place_floats};
 
 use suffix::reader_count;
 
 pub use adapters::Adapted;
-pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
+pub use connector::Connector;
+pub use inputs::{ConnectorInput, SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{trained_weights, written_back};
@@ -42,6 +44,8 @@ pub struct Cut {
     pub first: usize,
     /// Residual stream before the first trained layer, between layers, and after the last layer.
     pub streams: Vec<ValueId>,
+    /// The connector, where it is a part of the network in training.
+    pub connector: Option<Connector>,
 }
 
 impl Cut {
@@ -63,8 +67,8 @@ impl Cut {
             .map(|layer| layer.input)
             .chain(map.layers.last().map(|layer| layer.output))
             .collect();
-        let (adapted, written) = (Vec::new(), Vec::new());
-        Ok(Cut { trained, adapted, written, first, streams, analysis, stored, quantised, in_branches })
+        let (adapted, written, connector) = (Vec::new(), Vec::new(), None);
+        Ok(Cut { trained, adapted, written, first, streams, analysis, stored, quantised, in_branches, connector })
     }
 
     /// Adds the weight of the head's product to the trained weights.
@@ -110,7 +114,8 @@ impl Cut {
     /// Errors: `Error::Unsupported` for float products in both branches of a merged decoder.
     pub fn check_writable(&self, write: WriteTrained) -> Result<()> {
         let trained = self.adapted.iter().map(|adapted| adapted.weight).chain(self.trained.iter().copied());
-        let packed = trained.filter_map(|weight| self.quantised_weight(weight)).next();
+        let of_decoder = trained.filter(|&weight| !self.of_connector(weight));
+        let packed = of_decoder.filter_map(|weight| self.quantised_weight(weight)).next();
         match packed.filter(|_| self.in_branches && write == WriteTrained::Float) {
             None => Ok(()),
             Some(weight) => {
@@ -130,6 +135,17 @@ impl Cut {
                 *tensor = Tensor::from_bytes(tensor.dtype, &tensor.dims, Vec::new());
             }
         }
+    }
+
+    /// True for a weight of the connector in training.
+    pub fn of_connector(&self, weight: ValueId) -> bool {
+        self.connector.as_ref().is_some_and(|connector| connector.own(weight).is_some())
+    }
+
+    /// The body with the stored form of a weight: of the decoder's graph, or of the one that the connector is joined with.
+    pub fn stored_body(&self, weight: ValueId) -> &Body {
+        let model = if self.of_connector(weight) { &self.analysis.model } else { &self.stored };
+        &model.graph.body
     }
 
     /// The stored form of a float weight, where it is quantised.

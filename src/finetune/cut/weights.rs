@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::analysis::{Layer, LayerMap};
 use crate::base::{Error, Result, list_preview};
 use crate::finetune::settings::WriteTrained;
-use crate::ir::{DataType, Dim, Graph, Model, Tensor, ValueId};
+use crate::ir::{DataType, Dim, Graph, Model, Node, Tensor, ValueId};
 use crate::quantised::{QuantisedWeight, requantised, with_floats};
 
 /// Weights to train for the given layers, layer by layer in file order: all floating-point weights with more than one
@@ -56,14 +56,16 @@ pub fn trained_weights(
     Ok(trained)
 }
 
-fn refuse_quantised(graph: &Graph, layer: &Layer, known: &HashMap<ValueId, ValueId>) -> Result<()> {
+/// True for operators of quantised weights.
+pub(super) fn quantised_operator(node: &Node) -> bool {
     const QUANTISED: &[&str] =
         &["MatMulNBits", "DequantizeLinear", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"];
-    let node = layer
-        .path
-        .iter()
-        .filter_map(|&number| graph.body.nodes.get(number))
-        .find(|node| QUANTISED.contains(&node.op_type.as_str()));
+    QUANTISED.contains(&node.op_type.as_str())
+}
+
+fn refuse_quantised(graph: &Graph, layer: &Layer, known: &HashMap<ValueId, ValueId>) -> Result<()> {
+    let node =
+        layer.path.iter().filter_map(|&number| graph.body.nodes.get(number)).find(|node| quantised_operator(node));
     let packed = layer.weights.iter().filter(|id| !known.contains_key(id)).find(|&&id| {
         graph.body.initializer(id).is_some_and(|tensor| {
             let bits = tensor.dtype.bits();

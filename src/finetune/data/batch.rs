@@ -3,116 +3,19 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 use crate::runtime::{Embedded, SideValues, Step};
 
+use super::connector_rows::{ConnectorBatch, ConnectorRows};
+use super::example::{Example, running_sum};
 use super::feeds::{Feed, Feeds};
 use super::rows::RowsFile;
-use crate::finetune::cut::SideWidths;
+use crate::finetune::cut::{ConnectorInput, SideWidths};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
 use crate::ir::ValueId;
-
-/// A training sample without its stored rows.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Example {
-    pub id: String,
-    /// Index of the sample in its source.
-    pub number: u64,
-    /// Tokens, image tokens included.
-    pub length: usize,
-    /// Answer tokens that the loss counts.
-    pub answers: usize,
-    /// Data for a batch other than stored rows; None in an [`Example::summary`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    detail: Option<Box<Detail>>,
-}
-
-/// Data of one sample for a batch, other than stored rows.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Detail {
-    /// Positions whose logits predict an answer token, ascending.
-    pub positions: Vec<u32>,
-    /// Token id of the answer that each of `positions` predicts.
-    pub targets: Vec<i64>,
-    /// Three rows of position ids for graphs with multimodal rotary embedding; empty when positions count from 0.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rotary: Vec<Vec<i64>>,
-    /// First position and length of each run of image tokens.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub image: Vec<[u32; 2]>,
-    /// `token_type_ids`; empty when all are 0 or no input reads them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub types: Vec<i64>,
-}
-
-impl Example {
-    /// An example whose answer tokens are marked by `answer_mask`. The first token is never one, because no position
-    /// predicts it.
-    ///
-    /// Errors: `Error::Invalid` when the mask and the ids differ in length.
-    pub fn new(id: String, input_ids: &[i64], answer_mask: &[bool]) -> Result<Self> {
-        if input_ids.len() != answer_mask.len() {
-            let problem = format!("has {} tokens and an answer mask of {}", input_ids.len(), answer_mask.len());
-            return Err(Error::invalid(format!("sample `{id}`"), problem));
-        }
-        let answers = (1..input_ids.len()).filter(|&at| answer_mask[at]);
-        let (positions, targets): (Vec<u32>, Vec<i64>) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
-        let (length, answers) = (input_ids.len(), targets.len());
-        let detail = Some(Box::new(Detail { positions, targets, ..Detail::default() }));
-        Ok(Example { id, number: 0, length, answers, detail })
-    }
-
-    /// The sample without its [`Detail`].
-    pub fn summary(&self) -> Example {
-        Example { id: self.id.clone(), detail: None, ..*self }
-    }
-
-    /// Data for a batch other than stored rows; empty for an [`Example::summary`].
-    pub fn detail(&self) -> &Detail {
-        static NONE: Detail = Detail::NONE;
-        self.detail.as_deref().unwrap_or(&NONE)
-    }
-
-    /// Stores position ids (None when they count from 0), the runs of image tokens and the token types.
-    pub fn keep(&mut self, positions: Option<&[Vec<i64>]>, side: &SideValues) {
-        let detail = self.detail.get_or_insert_default();
-        detail.rotary = positions.map_or(Vec::new(), <[_]>::to_vec);
-        let mut at = 0;
-        for run in side.image.chunk_by(|a, b| a == b) {
-            if run[0] {
-                detail.image.push([at as u32, run.len() as u32]);
-            }
-            at += run.len();
-        }
-        detail.types.clone_from(&side.types);
-    }
-
-    /// True at image tokens; one element per token.
-    fn image_mask(&self) -> Vec<bool> {
-        let mut image = vec![false; self.length];
-        for &[start, count] in &self.detail().image {
-            image.iter_mut().skip(start as usize).take(count as usize).for_each(|image| *image = true);
-        }
-        image
-    }
-
-    /// Position ids: one row, or three for multimodal rotary embedding.
-    fn position_rows(&self) -> Vec<Vec<i64>> {
-        match self.detail().rotary.is_empty() {
-            true => vec![(0..self.length as i64).collect()],
-            false => self.detail().rotary.clone(),
-        }
-    }
-}
-
-impl Detail {
-    const NONE: Detail =
-        Detail { positions: Vec::new(), targets: Vec::new(), rotary: Vec::new(), image: Vec::new(), types: Vec::new() };
-}
 
 /// Samples with the frozen part's output and the dense model's targets.
 #[derive(Debug)]
@@ -130,6 +33,8 @@ pub struct TrainingSet {
     window: Option<Window>,
     /// Side values, one row per token, with their widths.
     side: Option<(SideWidths, RowsFile)>,
+    /// Features that the connector in training reads.
+    connector: Option<ConnectorRows>,
     pub targets: Targets,
 }
 
@@ -166,21 +71,6 @@ pub struct StreamTarget {
     pub point: usize,
 }
 
-/// Sum of the counts before each item.
-fn running_sum(counts: impl Iterator<Item = usize>) -> Vec<u64> {
-    let sums = counts.scan(0, |next, count| {
-        let start = *next;
-        *next += count as u64;
-        Some(start)
-    });
-    sums.collect()
-}
-
-/// Total number of tokens.
-pub fn total_tokens(examples: &[Example]) -> u64 {
-    examples.iter().map(|example| example.length as u64).sum()
-}
-
 /// A batch in host memory or on a device: `B` samples, `T` tokens in the longest, `D` the hidden size, `N` answer tokens, `M` tokens
 /// without padding.
 #[derive(Debug)]
@@ -196,6 +86,8 @@ pub struct TrainingBatch {
     pub answer_tokens: u64,
     /// i64 `[M]`: indices into `[B * T]` of tokens that are not padding.
     pub real_rows: Tensor,
+    /// Features of the pictures for a connector in training; `None` without pictures.
+    pub connector: Option<ConnectorBatch>,
     /// The dense model's residual stream by point, `[M, D]` each.
     pub streams: BTreeMap<usize, Tensor>,
     pub top_k: Option<TopK>,
@@ -207,8 +99,14 @@ impl TrainingSet {
         let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Some(Stream { rows: hidden, before: 0 });
-        let (wanted, window, targets) = (None, None, Targets::default());
-        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, targets }
+        let (wanted, window, connector, targets) = (None, None, None, Targets::default());
+        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, connector, targets }
+    }
+
+    /// Adds the features that the connector in training reads, which are in the order of the examples.
+    pub fn with_connector(self, rows: Option<(ConnectorInput, RowsFile)>) -> Self {
+        let connector = rows.map(|(input, rows)| ConnectorRows::new(input, rows, &self.examples));
+        TrainingSet { connector, ..self }
     }
 
     /// A set whose rows are loaded on demand with [`TrainingSet::put`].
@@ -221,6 +119,7 @@ impl TrainingSet {
             wanted: None,
             window: None,
             side: None,
+            connector: None,
             targets: Targets::default(),
         }
     }
@@ -323,6 +222,10 @@ impl TrainingSet {
         let inputs = feeds.of(&self.step(samples)?, width)?;
         let streams = self.streams(samples, wanted.as_ref())?;
         let top_k = if answers { self.top_k(samples)? } else { None };
+        let connector = match &self.connector {
+            Some(rows) if stream.before == 0 => rows.batch(&self.examples, samples, time)?,
+            _ => None,
+        };
         let make = move || -> Result<TrainingBatch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             Ok(TrainingBatch {
@@ -332,6 +235,7 @@ impl TrainingSet {
                 answer_tokens: targets.len() as u64,
                 targets: Tensor::f_from_slice(&targets)?,
                 real_rows: Tensor::f_from_slice(&real_rows)?,
+                connector,
                 streams,
                 top_k,
             })
@@ -430,6 +334,10 @@ impl TrainingBatch {
         };
         let inputs = self.inputs.into_iter().map(|(id, feed)| Ok((id, feed.moved(&place)?)));
         let inputs = inputs.collect::<Result<_>>()?;
+        let connector = self.connector.as_ref();
+        let connector = connector.map(|ConnectorBatch { features, places }| {
+            Ok::<_, Error>(ConnectorBatch { features: place(features)?, places: place(places)? })
+        });
         Ok(TrainingBatch {
             hidden: place(&self.hidden)?,
             inputs,
@@ -437,6 +345,7 @@ impl TrainingBatch {
             targets: place(&self.targets)?,
             answer_tokens: self.answer_tokens,
             real_rows: place(&self.real_rows)?,
+            connector: connector.transpose()?,
             streams,
             top_k,
         })
@@ -581,7 +490,7 @@ mod tests {
         };
         let deepstack = Input::all("graph", &[port(0), port(1)]).unwrap();
         let widths = SideWidths { embeddings: 2, levels: 2, level_width: 3, per_layer: 2 };
-        let inputs = SideInputs { widths, deepstack };
+        let inputs = SideInputs { widths, deepstack, connector: None };
         let mut prompt = Embedded::text(&[5, 6, 7, 8], 2, (30..38).map(|n| n as f32).collect(), 0, 1);
         prompt.side.image = vec![false, true, true, false];
         prompt.side.types = vec![0, 1, 1, 0];

@@ -10,7 +10,9 @@ use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
 
-use super::batch::{Example, TrainingSet, total_tokens};
+use super::batch::TrainingSet;
+use super::connector_rows::feature_rows;
+use super::example::{Example, total_tokens};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::source::{Source, TrainingSample};
 use crate::finetune::cut::{SideInputs, SideWidths};
@@ -33,6 +35,9 @@ struct Index {
     /// Widths of the side values; None when there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     side: Option<SideWidths>,
+    /// Width of the features that the connector in training reads; None when there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    features: Option<usize>,
     left_out: LeftOut,
     examples: Vec<Example>,
 }
@@ -42,6 +47,7 @@ pub struct RowStore {
     index: PathBuf,
     rows: PathBuf,
     side_rows: PathBuf,
+    feature_rows: PathBuf,
     side: SideInputs,
 }
 
@@ -50,7 +56,8 @@ impl RowStore {
     /// values are stored with them.
     pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
-        RowStore { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
+        let (index, rows) = (name("json"), name("f32"));
+        RowStore { index, rows, side_rows: name("side.f32"), feature_rows: name("features.f32"), side }
     }
 
     /// The rows of an earlier run; None unless that run completed them.
@@ -60,14 +67,21 @@ impl RowStore {
         if !self.index.exists() {
             return Ok(None);
         }
-        let Index { width, side, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
+        let Index { width, side, features, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
         let tokens = total_tokens(&examples);
         let rows = RowsFile::open(&self.rows, tokens, width, RowDtype::F32)?;
         let side = match side {
             Some(side) => Some((side, RowsFile::open(&self.side_rows, tokens, side.total(), RowDtype::F32)?)),
             None => None,
         };
-        Ok(Some((TrainingSet::new(examples, rows, side), left_out)))
+        let features = match features.zip(self.side.connector) {
+            Some((width, input)) => {
+                let count = examples.iter().map(|example| feature_rows(example) as u64).sum();
+                Some((input, RowsFile::open(&self.feature_rows, count, width, RowDtype::F32)?))
+            }
+            None => None,
+        };
+        Ok(Some((TrainingSet::new(examples, rows, side).with_connector(features), left_out)))
     }
 
     /// Runs the frozen part over all samples and stores its output. `frozen` loads a model that embeds prompts and
@@ -103,7 +117,7 @@ impl RowStore {
         let writer = RowsWriter::create(&self.rows, RowDtype::F32)?;
         let side =
             (self.side.widths.total() > 0).then(|| RowsWriter::create(&self.side_rows, RowDtype::F32)).transpose()?;
-        Ok(Filling { store: self, writer, side, examples: Vec::new() })
+        Ok(Filling { store: self, writer, side, features: None, examples: Vec::new() })
     }
 }
 
@@ -112,6 +126,8 @@ pub struct Filling<'a> {
     store: &'a RowStore,
     writer: RowsWriter,
     side: Option<RowsWriter>,
+    /// Features for a connector in training, from the first picture on.
+    features: Option<RowsWriter>,
     examples: Vec<Example>,
 }
 
@@ -119,14 +135,36 @@ impl Filling<'_> {
     /// Appends a sample with its residual stream before the first trained layer, one row per token, and its side
     /// values.
     ///
-    /// Errors: as `RowsWriter::push` and `SideInputs::rows`.
+    /// Errors: as `RowsWriter::push` and `SideInputs::rows`; `Error::Unsupported` for image features without those before the
+    /// connector, where it is trained.
     pub fn push(&mut self, hidden: &[f32], sample: &Ready) -> Result<()> {
         let example = &sample.example;
         self.writer.push(hidden, example.length)?;
         if let Some(side) = &mut self.side {
             side.push(&self.store.side.rows(&sample.embedded)?, example.length)?;
         }
+        if self.store.side.connector.is_some() {
+            self.push_features(sample)?;
+        }
         self.examples.push(example.clone());
+        Ok(())
+    }
+
+    fn push_features(&mut self, sample: &Ready) -> Result<()> {
+        let side = &sample.embedded.side;
+        if side.unprojected.is_empty() && side.image.contains(&true) {
+            let problem =
+                "has image tokens whose embeddings are ready made, without the features that the connector reads";
+            return Err(Error::unsupported(format!("sample `{}`", sample.example.id), problem)
+                .remedy("give pictures, or leave the connector as it is with `--lora-layers trained`"));
+        }
+        for picture in &side.unprojected {
+            let writer = match &mut self.features {
+                Some(writer) => writer,
+                empty => empty.insert(RowsWriter::create(&self.store.feature_rows, RowDtype::F32)?),
+            };
+            writer.push(&picture.data, picture.tiles * picture.rows)?;
+        }
         Ok(())
     }
 
@@ -134,15 +172,25 @@ impl Filling<'_> {
     ///
     /// Errors: `Error::Invalid` when there is no sample; `Error::Io`.
     pub fn finish(self, left_out: LeftOut) -> Result<(TrainingSet, LeftOut)> {
-        let Filling { store, writer, side, examples } = self;
+        let Filling { store, writer, side, features, examples } = self;
         let examples = not_empty(examples, &left_out)?;
         let rows = writer.finish()?;
         let side = side.map(|side| Ok::<_, Error>((store.side.widths, side.finish()?))).transpose()?;
         let widths = side.as_ref().map(|(widths, _)| *widths);
         let (schema_version, width) = (SCHEMA_VERSION, rows.width());
-        let index = Index { schema_version, width, side: widths, left_out: left_out.clone(), examples };
+        let features = features.map(RowsWriter::finish).transpose()?;
+        let features_width = features.as_ref().map(RowsFile::width);
+        let index = Index {
+            schema_version,
+            width,
+            side: widths,
+            features: features_width,
+            left_out: left_out.clone(),
+            examples,
+        };
         write_json(&store.index, &index)?;
-        Ok((TrainingSet::new(index.examples, rows, side), left_out))
+        let features = store.side.connector.zip(features);
+        Ok((TrainingSet::new(index.examples, rows, side).with_connector(features), left_out))
     }
 }
 

@@ -1,6 +1,8 @@
 //! The training data: samples, the frozen part's output for them, and the dense model's targets.
 
 mod batch;
+mod connector_rows;
+mod example;
 mod feeds;
 mod frozen_part;
 mod rows;
@@ -9,9 +11,8 @@ mod source;
 mod streamed;
 mod teacher;
 
-#[cfg(test)]
-pub use batch::Example;
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
+pub use example::Example;
 pub use feeds::Feeds;
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};

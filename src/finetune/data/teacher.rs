@@ -17,7 +17,8 @@ use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, Session, SessionOptions, TensorValue, VlmSession, headed};
 
-use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
+use super::batch::{StreamTarget, Targets, TrainingSet};
+use super::example::{Example, total_tokens};
 use super::frozen_part::{self, LazySession, RowStore, each_round};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::same::same_computation;
@@ -51,6 +52,8 @@ pub struct TeacherRequest<'a> {
     pub memory_limit: Option<u64>,
     pub work: &'a Path,
     pub features: &'a Arc<FeatureCache>,
+    /// True when the connector is trained, so that samples need the features before it.
+    pub connector: bool,
 }
 
 /// The outputs to compute with the dense model, and their files.
@@ -379,7 +382,11 @@ impl TeacherTargets<'_> {
         let options = self.options();
         let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
         let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
-        VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
+        let mut session = VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)?;
+        if self.request.connector {
+            session.keep_unprojected();
+        }
+        Ok(session)
     }
 
     /// The dense model's stream that the student's stream after each of `layers` is compared with, for the samples

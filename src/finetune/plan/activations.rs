@@ -137,31 +137,19 @@ pub fn of_layer(
     heads: u64,
     low: bool,
 ) -> Kept {
-    let index = GraphIndex::new(graph);
-    let mut walk = Walk {
-        graph,
-        heads,
-        low,
-        widths: HashMap::new(),
-        owners: HashMap::new(),
-        wide: HashSet::new(),
-        saved: HashSet::new(),
-        copied: HashMap::new(),
-    };
-    walk.widths.insert(from, Width { own: width, per_key: 0 });
-    walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
-    for &number in piece {
-        let node = &graph.body.nodes[number];
-        let moved =
-            |id: ValueId| index.node_of(id).is_some_and(|(number, _)| graph.body.nodes[number].op_type == "Transpose");
-        walk.node(node, moved);
-    }
+    let walk = Walk::along(graph, piece, (from, width), trained, (heads, low));
     let owners: HashSet<ValueId> = walk.saved.iter().map(|&id| walk.owner(id)).collect();
     let copies = walk.copied.values().copied();
     Kept {
         kept: owners.iter().map(|&id| walk.size(id)).chain(copies).fold(Width::default(), Width::plus),
         widest: walk.widths.keys().map(|&id| walk.size(id)).fold(Width::default(), Width::larger),
     }
+}
+
+/// Elements per row of `to` where a row of `from` has `width`; `piece` lists the nodes between them.
+pub fn width_at(graph: &Graph, piece: &[usize], (from, width): (ValueId, u64), to: ValueId) -> u64 {
+    let walk = Walk::along(graph, piece, (from, width), &HashSet::new(), (1, false));
+    walk.widths.get(&to).map_or(0, |width| width.own)
 }
 
 struct Walk<'a> {
@@ -179,7 +167,38 @@ struct Walk<'a> {
     copied: HashMap<ValueId, Width>,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    /// The widths of the values that these nodes compute, and what their gradients read.
+    fn along(
+        graph: &'a Graph,
+        piece: &[usize],
+        (from, width): (ValueId, u64),
+        trained: &HashSet<ValueId>,
+        (heads, low): (u64, bool),
+    ) -> Self {
+        let index = GraphIndex::new(graph);
+        let mut walk = Walk {
+            graph,
+            heads,
+            low,
+            widths: HashMap::new(),
+            owners: HashMap::new(),
+            wide: HashSet::new(),
+            saved: HashSet::new(),
+            copied: HashMap::new(),
+        };
+        walk.widths.insert(from, Width { own: width, per_key: 0 });
+        walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
+        for &number in piece {
+            let node = &graph.body.nodes[number];
+            let moved = |id: ValueId| {
+                index.node_of(id).is_some_and(|(number, _)| graph.body.nodes[number].op_type == "Transpose")
+            };
+            walk.node(node, moved);
+        }
+        walk
+    }
+
     fn owner(&self, mut id: ValueId) -> ValueId {
         while let Some(&next) = self.owners.get(&id) {
             id = next;
@@ -291,6 +310,8 @@ impl Walk<'_> {
         match op {
             "Concat" => flowing.iter().map(width).fold(Width::default(), Width::plus),
             "ReduceMean" | "ReduceSum" | "ReduceMax" => Width { own: 1, per_key: 0 },
+            // The second input gives the type alone.
+            "CastLike" => node.inputs.first().copied().flatten().as_ref().map(width).unwrap_or_default(),
             "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" => match (self.sides(node), flowing) {
                 (Some((rows, columns)), [x, ..]) => {
                     let x = width(x);

@@ -5,6 +5,7 @@ use crate::finetune::settings::{Precision, Settings};
 
 use super::planned::{ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
 use super::run_plan::{FIT, PlanInputs, RunPlan};
+use super::sizes::ConnectorSizes;
 use super::{CUDA_BYTES, LOGIT_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
@@ -108,9 +109,14 @@ impl List<'_> {
         let (plan, sizes) = (self.plan, self.inputs.sizes);
         let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
         let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
-        let elements = sizes.trained_elements();
-        self.add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
+        let (in_connector, adapters) = sizes.connector.as_ref().map_or((0, 0), |own| {
+            (if plan.frozen_as_stored { own.frozen_bytes } else { own.widened_bytes }, own.elements)
+        });
+        let elements = sizes.trained_elements() - adapters;
+        self.add(phase, Place::Memory, "frozen weights", frozen - in_connector, form.to_string());
+        self.add(phase, Place::Memory, "connector's weights", in_connector, form.to_string());
         self.add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
+        self.add(phase, Place::Memory, "connector's adapters", 4 * adapters, format!("4 x {adapters}"));
         let formula = format!("4 x {}, which no step moves", sizes.written);
         self.add(phase, Place::Memory, "fitted weights", 4 * sizes.written, formula);
         if plan.frozen_as_stored {
@@ -177,6 +183,10 @@ impl List<'_> {
         self.add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, inputs);
         self.add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
+        if let Some(connector) = &sizes.connector {
+            let (bytes, formula) = connector_activations(plan, connector);
+            self.add(Phase::Steps, Place::Memory, "connector's activations", workers * bytes, formula);
+        }
         if plan.search.is_some() {
             let written = elements + sizes.written;
             let formula = format!("4 x {written}, during the trials");
@@ -199,6 +209,16 @@ fn passes_per_step(plan: &RunPlan, settings: &Settings) -> u64 {
     let PlannedData { samples, tokens, .. } = plan.data;
     let tokens = (settings.samples_per_step() as u64).min(samples) * tokens / samples.max(1);
     tokens.div_ceil((plan.batch_tokens * plan.workers).max(1))
+}
+
+/// Bytes of the activations of a connector in a pass of the samples with the largest share of image tokens, with the formula.
+fn connector_activations(plan: &RunPlan, connector: &ConnectorSizes) -> (u64, String) {
+    let width: u64 = if plan.precision == Precision::Bf16 { 2 } else { 4 };
+    let tokens = (plan.batch_tokens as f64 * plan.data.image_share).ceil() as u64;
+    let (rows, keys) = (connector.rows_of(tokens), connector.rows.0);
+    let numbers = connector.width + connector.activations.kept.at(keys) + 2 * connector.activations.widest.at(keys);
+    let formula = format!("{width} x {rows} rows of features x {numbers} numbers, for {tokens} image tokens");
+    (width * rows * numbers, formula)
 }
 
 /// Bytes of activations and logits that a pass holds for its backward pass, with the formula.

@@ -81,6 +81,33 @@ pub struct PlannedTarget {
     pub written: bool,
 }
 
+/// A connector that is a graph of its own, in a run with adapters on all layers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedConnector {
+    /// Its file in the model folder.
+    pub file: String,
+    /// Number of its matrices with adapters.
+    pub matrices: u64,
+    /// Number of elements of these adapters, which are among the trained parameters.
+    pub parameters: u64,
+    /// Why it gets no adapters; absent where it gets them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+}
+
+impl PlannedConnector {
+    /// What becomes of it, in a line.
+    pub fn line(&self) -> String {
+        match &self.left_out {
+            Some(reason) => format!("the connector `{}` gets no adapters: {reason}", self.file),
+            None => {
+                let noun = if self.matrices == 1 { "matrix" } else { "matrices" };
+                format!("the connector `{}` gets adapters on {} {noun}", self.file, self.matrices)
+            }
+        }
+    }
+}
+
 /// Size of the training data. Token counts are estimated from the first samples until the data has been read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedData {
@@ -92,6 +119,12 @@ pub struct PlannedData {
     pub answer_tokens: u64,
     /// Tokens of the longest sample.
     pub longest_tokens: u64,
+    /// Image tokens of all samples.
+    #[serde(default)]
+    pub image_tokens: u64,
+    /// Largest share of image tokens in a sample, from 0 to 1.
+    #[serde(default)]
+    pub image_share: f64,
     /// True when the figures are estimated from the first samples.
     pub estimated: bool,
 }

@@ -11,8 +11,8 @@ use crate::torch::Ranks;
 
 use super::limits::Limits;
 use super::planned::{
-    ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch,
-    PlannedStage, PlannedTarget,
+    ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedConnector, PlannedData, PlannedFit,
+    PlannedSearch, PlannedStage, PlannedTarget,
 };
 use super::points::Point;
 use super::sessions::Sessions;
@@ -52,6 +52,9 @@ pub struct RunPlan {
     pub layers_run: u64,
     /// Number of elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
+    /// The connector, where it is a graph of its own and all layers get adapters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connector: Option<PlannedConnector>,
     /// Whether layers are trained together or one after the other.
     pub order: Order,
     /// The fit before the steps; absent without a fit.
@@ -112,6 +115,8 @@ pub struct PlanInputs<'a> {
     pub first: usize,
     /// Sizes of the graph's parts.
     pub sizes: &'a Sizes,
+    /// The connector, where all layers get adapters.
+    pub connector: Option<&'a PlannedConnector>,
     /// Products to fit in each trained layer.
     pub fitted: &'a [FitTarget],
     /// Points at which loss terms compare the stream with the dense model's.
@@ -175,6 +180,7 @@ impl RunPlan {
             frozen_before: first as u64,
             layers_run: (inputs.layer_count - first) as u64,
             trained_parameters: trained,
+            connector: inputs.connector.cloned(),
             order: match (settings.trains(), settings.layer_by_layer()) {
                 (false, _) => Order::FitOnly,
                 (true, true) => Order::LayerByLayer,
@@ -318,10 +324,11 @@ impl RunPlan {
             _ => String::new(),
         };
         format!(
-            "plan: {} trained parameters in {} of {} layers run, {} steps{}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
+            "plan: {} trained parameters in {} of {} layers run{}, {} steps{}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
             human_count(self.trained_parameters),
             self.trained.len(),
             self.layers_run,
+            if self.connector.as_ref().is_some_and(|own| own.matrices > 0) { " and the connector" } else { "" },
             self.stages.iter().map(|stage| stage.steps).sum::<u64>(),
             self.search.as_ref().map_or(String::new(), |search| format!(
                 " after at most {} trials of {} steps",
@@ -443,6 +450,16 @@ impl PlanInputs<'_> {
                 read_by: vec![STEPS.to_string()],
                 tokens,
                 bytes: 4 * tokens * self.sizes.side_width,
+                written: keeps,
+            });
+        }
+        if let Some(connector) = &self.sizes.connector {
+            let rows = connector.rows_of(self.data.image_tokens);
+            targets.push(PlannedTarget {
+                what: "features of pictures that the connector reads".to_string(),
+                read_by: vec![STEPS.to_string()],
+                tokens: self.data.image_tokens,
+                bytes: 4 * rows * connector.width,
                 written: keeps,
             });
         }

@@ -73,8 +73,9 @@ fn planned(
     on_gpu: bool,
 ) -> RunPlan {
     let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
-    let data =
-        PlannedData { samples: 2400, tokens: 2_400_000, answer_tokens: 240_000, longest_tokens: 1500, estimated: true };
+    let (samples, tokens, answer_tokens, longest_tokens) = (2400, 2_400_000, 240_000, 1500);
+    let (image_tokens, image_share, estimated) = (0, 0.0, true);
+    let data = PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated };
     let inputs = PlanInputs {
         device: "cuda:0".to_string(),
         on_gpu,
@@ -84,6 +85,7 @@ fn planned(
         layer_count: 27,
         first: 0,
         sizes,
+        connector: None,
         fitted,
         points: &[],
         fit_points,

@@ -7,7 +7,31 @@ use crate::finetune::settings::Precision;
 use crate::ir::{DataType, Graph, Tensor, ValueId};
 use crate::rewrite::fuse_kernels;
 
-use super::activations::{Kept, of_layer};
+use super::activations::{Kept, of_layer, width_at};
+
+/// Sizes of a connector in training, which are parts of those of the whole run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectorSizes {
+    /// Bytes of its frozen weights as stored in the file, and with every weight of 16 bits or less as f32.
+    pub frozen_bytes: u64,
+    pub widened_bytes: u64,
+    /// Number of matrices with adapters, and of the adapters' elements.
+    pub matrices: u64,
+    pub elements: u64,
+    /// Width of a row of features.
+    pub width: u64,
+    /// Rows of features of as many image tokens.
+    pub rows: (u64, u64),
+    /// Activation memory for each row of features.
+    pub activations: Kept,
+}
+
+impl ConnectorSizes {
+    /// Rows of features of `tokens` image tokens.
+    pub fn rows_of(&self, tokens: u64) -> u64 {
+        (tokens * self.rows.0).div_ceil(self.rows.1.max(1))
+    }
+}
 
 /// Sizes of the weights and activations of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +55,8 @@ pub struct Sizes {
     /// Numbers that passes read of each token besides the stream.
     pub side_width: u64,
     pub vocabulary: u64,
+    /// The connector, where it is trained.
+    pub connector: Option<ConnectorSizes>,
 }
 
 impl Sizes {
@@ -78,6 +104,10 @@ impl Sizes {
             sizes.layer_widened_bytes = sizes.layer_widened_bytes.max(copies(&mut layer.weights.iter().copied()));
             in_layers.extend(layer.weights.iter().copied());
         }
+        let all = graph.body.initializers.iter().map(|(id, _)| *id);
+        let of_connector: Vec<ValueId> = all.filter(|&id| cut.of_connector(id)).collect();
+        sizes.layer_widened_bytes = sizes.layer_widened_bytes.max(copies(&mut of_connector.iter().copied()));
+        in_layers.extend(of_connector.iter().copied());
         let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
         sizes.head_widened_bytes = copies(&mut head.into_iter());
         let in_layer = map.layers[cut.first..].iter().flat_map(|layer| &layer.weights);
@@ -88,12 +118,34 @@ impl Sizes {
         sizes.hidden_size = if width > 0 { width } else { commonest_side(in_layer) };
         let with_gradients: HashSet<ValueId> = cut.trained.iter().copied().collect();
         let compiled = fuse_kernels(&cut.analysis.model).0.graph;
+        let low = precision == Precision::Bf16;
         for ends in suffix.streams.windows(2) {
             let piece = nodes_between(&compiled, ends[0], ends[1]);
             let stream = (ends[0], sizes.hidden_size);
-            let low = precision == Precision::Bf16;
             sizes.layer_activations.push(of_layer(&compiled, &piece, stream, &with_gradients, heads, low));
         }
+        sizes.connector = cut.connector.as_ref().map(|own| {
+            let frozen = of_connector.iter().filter_map(|id| Some((id, graph.body.initializer(*id)?)));
+            let adapters = cut.adapted.iter().filter(|adapted| cut.of_connector(adapted.weight));
+            let thin = adapters.clone().flat_map(|adapted| [adapted.a, adapted.b]);
+            let from = (own.features, own.input.width as u64);
+            let piece = nodes_between(&compiled, own.features, own.output);
+            // A matrix that reads several rows at once shows how many of them become one.
+            let merged =
+                || (sizes.hidden_size as f64 / width_at(&compiled, &piece, from, own.output).max(1) as f64).round();
+            let rows = own
+                .rows()
+                .map_or_else(|| (merged().max(1.0) as u64, 1), |(before, after)| (before as u64, after as u64));
+            ConnectorSizes {
+                frozen_bytes: frozen.clone().map(|(_, tensor)| tensor.byte_len()).sum(),
+                widened_bytes: frozen.map(|(id, tensor)| widened(id, tensor)).sum(),
+                matrices: adapters.count() as u64,
+                elements: thin.filter_map(|id| graph.body.initializer(id)).map(Tensor::element_count).sum(),
+                width: from.1,
+                rows,
+                activations: of_layer(&compiled, &piece, from, &with_gradients, heads, low),
+            }
+        });
         sizes
     }
 

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
-use crate::finetune::cut::{Cut, SideInputs, row_inputs};
+use crate::finetune::cut::{ConnectorInput, Cut, SideInputs, row_inputs};
 use crate::finetune::data::{Frozen, LazySession, RowStore, Streamed, StreamedParts, TeacherTargets, TrainingSet};
-use crate::finetune::plan::session_bytes;
+use crate::finetune::plan::{Sizes, session_bytes};
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
@@ -22,6 +22,8 @@ pub struct FrozenLayers<'a> {
     /// The same graph, which also takes what the trained layers read for each token, so that prompts hold it.
     fed: Model,
     embeds_only: bool,
+    /// The connector in training.
+    connector: Option<ConnectorInput>,
 }
 
 impl<'a> FrozenLayers<'a> {
@@ -33,7 +35,8 @@ impl<'a> FrozenLayers<'a> {
         let (model, end) = (&cut.stored, [cut.streams[usize::from(embeds_only)]]);
         let prefix = extract(model, &[], &end)?;
         let fed = extract(model, &row_inputs(&model.graph), &end)?;
-        Ok(FrozenLayers { request, prefix, fed, embeds_only })
+        let connector = cut.connector.as_ref().map(|connector| connector.input);
+        Ok(FrozenLayers { request, prefix, fed, embeds_only, connector })
     }
 
     /// Bytes that ONNX Runtime holds of the weights.
@@ -47,7 +50,11 @@ impl<'a> FrozenLayers<'a> {
         let options = SessionOptions { memory_limit: request.limits.memory, ..SessionOptions::default() };
         let head_dim = request.bundle.config().and_then(|config| config.head_size());
         let decoder = Decoder::prefill_only(runtime.session_of(&self.fed, &options)?, head_dim)?;
-        VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
+        let mut session = VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)?;
+        if self.connector.is_some() {
+            session.keep_unprojected();
+        }
+        Ok(session)
     }
 
     /// The value of the dense model that equals the frozen layers' output; `None` when there is none.
@@ -89,20 +96,20 @@ impl<'a> FrozenLayers<'a> {
         filled
     }
 
-    /// A source that computes the frozen layers' output and the dense model's targets when steps need them. `width` is
-    /// the stream's width.
+    /// A source that computes the frozen layers' output and the dense model's targets when steps need them.
     pub fn streamed<'s>(
         &'s self,
         side: SideInputs,
         targets: Option<&'s TeacherTargets<'s>>,
         in_dense: Option<Frozen>,
-        (work, width): (&Path, u64),
+        (work, sizes): (&Path, &Sizes),
         cancel: &'s Cancel,
     ) -> Streamed<'s> {
         let targets = targets.filter(|targets| !targets.files().is_empty());
         let frozen = in_dense.filter(|_| targets.is_some());
         let points = targets.map_or(0, |targets| targets.student_points().len() as u64);
-        let bytes_per_token = width * (4 + 2 * points) + 4 * side.widths.total() as u64;
+        let features = sizes.connector.as_ref().map_or(0, |connector| connector.width * connector.rows_of(1));
+        let bytes_per_token = sizes.hidden_size * (4 + 2 * points) + 4 * (side.widths.total() as u64 + features);
         Streamed::new(StreamedParts {
             source: self.request.data,
             side,

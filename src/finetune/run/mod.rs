@@ -15,7 +15,7 @@ use crate::data::LeftOut;
 use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{
-    Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
+    Example, Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
 };
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, RunPlan, anchor_points};
@@ -88,8 +88,11 @@ pub fn finetune_with_teacher(
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let first = opened.cut.first;
-    let key =
-        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens))?;
+    let rows = ("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens);
+    let key = match opened.side.connector {
+        Some(connector) => sha256_json(&(rows, connector))?,
+        None => sha256_json(&rows)?,
+    };
     let store = RowStore::new(&own, &key, opened.side.clone());
     let teacher_targets = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let teacher_request = TeacherRequest {
@@ -103,6 +106,7 @@ pub fn finetune_with_teacher(
             memory_limit: request.limits.memory,
             work: &own,
             features: request.features,
+            connector: opened.side.connector.is_some(),
         };
         teacher_request.prepare(dense, digest)
     });
@@ -115,10 +119,12 @@ pub fn finetune_with_teacher(
         opened.sessions.in_dense &= written.is_none() || in_dense.is_some();
     }
     let parts = opened.parts();
+    let mut estimate = PlannedData::default();
     let streams = match kept {
         Some(_) => None,
         None => {
-            let plan = resolve(request, &parts, estimated(request.data)?, None)?;
+            estimate = estimated(request.data, request.bundle)?;
+            let plan = resolve(request, &parts, estimate.clone(), None)?;
             plan.check()?;
             Some(plan.streamed)
         }
@@ -133,12 +139,15 @@ pub fn finetune_with_teacher(
         None => prefix.fill(&store, teacher_targets.as_ref(), in_dense, cancel)?,
     };
 
-    let mut plan = resolve(request, &parts, planned_data(&dataset), Some(streams))?;
+    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(streams))?;
     plan.check()?;
     if let Some(ranks) = request.ranks {
         plan.take_passes_of_first(ranks)?;
     }
     notice(plan.line());
+    if let Some(connector) = &plan.connector {
+        notice(connector.line());
+    }
     if let Some(targets) = &teacher_targets {
         inputs.insert("teacher".to_string(), targets.digest.clone());
         if !streams {
@@ -161,7 +170,7 @@ pub fn finetune_with_teacher(
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
     let fit_layers = plan.fit.as_ref().map_or(1, |fit| fit.together as usize);
-    let rows = (own.as_path(), opened.sizes.hidden_size);
+    let rows = (own.as_path(), &opened.sizes);
     let streamed =
         streams.then(|| prefix.streamed(opened.side.clone(), teacher_targets.as_ref(), in_dense, rows, cancel));
     let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
@@ -212,10 +221,14 @@ pub fn finetune_with_teacher(
     // The weights are read once more where they are merged and copied into the result.
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(cut, settings.lora().map_or(1.0, Lora::scale))?;
+    let (of_connector, tensors) = tensors.into_iter().partition(|(id, _)| cut.of_connector(*id));
     let decoder = written_back(decoder, tensors, &cut.quantised, settings.write_trained)?;
+    let connector = cut.connector.as_ref().map(|own| own.written_back(of_connector, settings.write_trained));
+    let connector = connector.transpose()?;
     let layers = settings.trained_layers(request.layers, cut.analysis.map.layers.len());
-    let report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
-    Ok(FinetunedModel { decoder, report })
+    let mut report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
+    report.connector = opened.connector.filter(|_| connector.is_some()).map(|connector| connector.file);
+    Ok(FinetunedModel { decoder, connector, report })
 }
 
 /// The networks of a run: one, or one for each worker of its plan.
@@ -241,12 +254,19 @@ fn agreed(own: Option<bool>, ranks: Option<&Ranks>) -> Result<bool> {
     Ok(own.is_some_and(|own| first.map_or(own, |first| first == 1)))
 }
 
-/// Sizes of the samples.
-fn planned_data(dataset: &TrainingSet) -> PlannedData {
+/// Sizes of the samples. Summaries of samples do not count image tokens; their number is estimated then.
+fn planned_data(dataset: &TrainingSet, estimate: &PlannedData) -> PlannedData {
     let examples = &dataset.examples;
+    let tokens: u64 = examples.iter().map(|example| example.length as u64).sum();
+    let image = |example: &Example| example.detail().image.iter().map(|&[_, count]| u64::from(count)).sum::<u64>();
+    let counted: u64 = examples.iter().map(image).sum();
+    let share = |example| image(example) as f64 / example.length.max(1) as f64;
+    let scaled = u128::from(estimate.image_tokens) * u128::from(tokens) / u128::from(estimate.tokens.max(1));
     PlannedData {
         samples: examples.len() as u64,
-        tokens: examples.iter().map(|example| example.length as u64).sum(),
+        tokens,
+        image_tokens: if counted > 0 { counted } else { scaled as u64 },
+        image_share: examples.iter().map(share).fold(estimate.image_share, f64::max),
         answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
         longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
         estimated: false,
@@ -320,6 +340,7 @@ fn report(
     Ok(Report {
         provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
         layers: trained,
+        connector: None,
         trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
         sample_ids: dataset.examples.iter().map(|example| example.id.clone()).collect(),

@@ -5,7 +5,9 @@ use crate::bundle::{Bundle, Role};
 use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
-use crate::finetune::plan::{Limits, PlanInputs, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes};
+use crate::finetune::plan::{
+    Limits, PlanInputs, PlannedConnector, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes,
+};
 use crate::finetune::settings::{LoraLayers, Settings};
 use crate::ir::Model;
 use crate::runtime::headed;
@@ -20,6 +22,8 @@ pub struct Opened {
     pub suffix: Suffix,
     pub side: SideInputs,
     pub sizes: Sizes,
+    /// The connector, where it is a graph of its own and all layers get adapters.
+    pub connector: Option<PlannedConnector>,
     /// Products to fit in each trained layer.
     pub targets: Vec<FitTarget>,
     /// Points that loss terms compare, and those that only the fit compares.
@@ -48,6 +52,7 @@ impl Opened {
             cut.train_head()?;
         }
         let fits = settings.fit.enabled || settings.layer_by_layer();
+        let mut connector = None;
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
             if settings.lora.layers == LoraLayers::All {
@@ -58,6 +63,7 @@ impl Opened {
                     cut.train_head()?;
                 }
                 targets.iter_mut().for_each(|target| target.layer += after);
+                connector = add_connector(&mut cut, request.bundle, lora.rank)?;
             }
             let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };
             cut.adapt(lora, written)?;
@@ -66,9 +72,13 @@ impl Opened {
         }
         cut.check_writable(settings.write_trained)?;
         let (suffix, first) = (cut.suffix()?, cut.first);
-        let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+        let mut side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+        side.connector = cut.connector.as_ref().map(|connector| connector.input);
         let mut sizes = Sizes::of(&cut, &suffix, heads_of(request), settings.precision);
         sizes.side_width = side.widths.total() as u64;
+        if let (Some(connector), Some(sizes)) = (&mut connector, &sizes.connector) {
+            (connector.matrices, connector.parameters) = (sizes.matrices, sizes.elements);
+        }
         let dense = teacher.map(Dense::open).transpose()?;
         let points_of = |settings: &Settings| -> Vec<Point> {
             let both = dense.as_ref().zip(teacher);
@@ -87,13 +97,27 @@ impl Opened {
             in_dense: teacher.is_some_and(|teacher| teacher.kept.iter().take(first).copied().eq(0..first)),
         };
         let limits = with_free_memory(request.limits, request.device, crate::torch::free_gpu_memory);
-        Ok(Opened { decoder, cut, suffix, side, sizes, targets, points, fit_points, dense, sessions, limits })
+        Ok(Opened {
+            decoder,
+            cut,
+            suffix,
+            side,
+            sizes,
+            connector,
+            targets,
+            points,
+            fit_points,
+            dense,
+            sessions,
+            limits,
+        })
     }
 
     /// Inputs of a plan that come from the graphs and the machine.
     pub fn parts(&self) -> Parts<'_> {
         Parts {
             sizes: &self.sizes,
+            connector: self.connector.as_ref(),
             targets: &self.targets,
             points: &self.points,
             fit_points: &self.fit_points,
@@ -103,6 +127,19 @@ impl Opened {
             first: self.cut.first,
         }
     }
+}
+
+/// Makes the folder's connector a part of the network in training, where it is a graph of its own; says why not where it cannot
+/// be.
+///
+/// Errors: as `onnx::load` and [`Cut::add_connector`].
+fn add_connector(cut: &mut Cut, bundle: &Bundle, rank: u32) -> Result<Option<PlannedConnector>> {
+    let Some(part) = bundle.component(Role::Projector) else { return Ok(None) };
+    let left_out = match bundle.component(Role::VisionEncoder) {
+        Some(_) => cut.add_connector(&crate::onnx::load(&bundle.path_of(part))?, rank)?,
+        None => Some("the folder has no vision encoder whose features it reads".to_string()),
+    };
+    Ok(Some(PlannedConnector { file: part.file.clone(), left_out, ..PlannedConnector::default() }))
 }
 
 /// The limits, with the GPU's free memory as the limit of memory where the user set none. A plan for a GPU that this machine
@@ -130,6 +167,7 @@ fn embedding_bytes(bundle: &Bundle, on_gpu: bool) -> Result<u64> {
 #[derive(Clone, Copy)]
 pub struct Parts<'a> {
     pub sizes: &'a Sizes,
+    pub connector: Option<&'a PlannedConnector>,
     pub targets: &'a [FitTarget],
     pub points: &'a [Point],
     pub fit_points: &'a [Point],
@@ -153,6 +191,7 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         layer_count: parts.layer_count,
         first: parts.first,
         sizes: parts.sizes,
+        connector: parts.connector,
         fitted: parts.targets,
         points: parts.points,
         fit_points: parts.fit_points,
@@ -204,21 +243,26 @@ const MOST_CACHE_BYTES: u64 = 32_000_000_000;
 /// Number of samples that an estimate reads.
 const ESTIMATED_FROM: usize = 64;
 
-/// Estimates the token counts of all samples from the first ones.
+/// Estimates the token counts of all samples from the first ones. `bundle` names the image token.
 ///
 /// Errors: those of a sample.
-pub fn estimated(source: &dyn Source) -> Result<PlannedData> {
-    let (mut seen, mut tokens, mut answers, mut longest) = (0u64, 0u64, 0u64, 0u64);
+pub fn estimated(source: &dyn Source, bundle: &Bundle) -> Result<PlannedData> {
+    let image_token = bundle.config().and_then(|config| config.image_token_id);
+    let (mut seen, mut tokens, mut answers, mut longest, mut image) = (0u64, 0u64, 0u64, 0u64, 0u64);
+    let mut image_share = 0f64;
     for sample in source.samples()?.take(ESTIMATED_FROM) {
         let sample = sample?;
         let length = sample.prompt.input_ids.len() as u64;
+        let own = sample.prompt.input_ids.iter().filter(|&&id| Some(id) == image_token).count() as u64;
+        (image, image_share) = (image + own, image_share.max(own as f64 / length.max(1) as f64));
         (seen, tokens, longest) = (seen + 1, tokens + length, longest.max(length));
         answers += sample.answer_mask.iter().filter(|answer| **answer).count() as u64;
     }
     let samples = source.count();
     let all = |some: u64| (u128::from(some) * u128::from(samples) / u128::from(seen.max(1))) as u64;
-    let (tokens, answer_tokens) = (all(tokens), all(answers));
-    Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens: longest, estimated: true })
+    let (tokens, answer_tokens, image_tokens) = (all(tokens), all(answers), all(image));
+    let (longest_tokens, estimated) = (longest, true);
+    Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated })
 }
 
 /// Plans a run without running it: trained layers, order, data, memory and disk.
@@ -229,7 +273,7 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
     let losses = request.settings.losses();
     loss::check_teacher(losses.keys().copied(), request.settings.fit.enabled, teacher.is_some())?;
     let opened = Opened::new(request, teacher)?;
-    resolve(request, &opened.parts(), estimated(request.data)?, None)
+    resolve(request, &opened.parts(), estimated(request.data, request.bundle)?, None)
 }
 
 #[cfg(test)]

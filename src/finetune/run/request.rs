@@ -56,6 +56,8 @@ impl Request<'_> {
 pub struct FinetunedModel {
     /// The decoder with its trained weights; all other initializers are unchanged.
     pub decoder: Model,
+    /// The connector with its adapters merged; `None` where it got none.
+    pub connector: Option<Model>,
     /// Figures of the run.
     pub report: Report,
 }
@@ -68,6 +70,9 @@ pub struct Report {
     pub provenance: Provenance,
     /// Layers trained, in the pruned model's numbering.
     pub layers: Vec<usize>,
+    /// File of the connector that was trained with them; absent where none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connector: Option<String>,
     /// Number of elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
     /// Number of samples trained on.

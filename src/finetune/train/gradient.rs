@@ -243,12 +243,20 @@ impl Step<'_> {
 
     /// The gradients of all currently trained weights.
     fn all(&self, gradients: Vec<Option<Tensor>>) -> Result<Vec<Tensor>> {
-        let named = self.student.weights_now().zip(gradients).map(|(parameter, gradient)| {
-            gradient.ok_or_else(|| {
-                let problem = "is to be trained, but the loss does not depend on it";
-                Error::invalid(format!("initializer `{}`", parameter.name), problem)
-            })
-        });
+        let named =
+            self.student.weights_now().zip(gradients).enumerate().map(
+                |(number, (parameter, gradient))| match gradient {
+                    Some(gradient) => Ok(gradient),
+                    None if self.batch.connector.is_none() && self.student.reads_pictures_alone(number) => {
+                        let zeros = parameter.tensor.f_detach().and_then(|weight| weight.f_zeros_like());
+                        zeros.map_err(torch_error("the gradients"))
+                    }
+                    None => {
+                        let problem = "is to be trained, but the loss does not depend on it";
+                        Err(Error::invalid(format!("initializer `{}`", parameter.name), problem))
+                    }
+                },
+            );
         named.collect()
     }
 }

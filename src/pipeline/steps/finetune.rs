@@ -11,8 +11,8 @@ use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write
 use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
-    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
-    plan_run, remove_cache_only_folder,
+    Conversations, Limits, LoraLayers, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work,
+    interrupted_at, plan_run, remove_cache_only_folder,
 };
 use crate::method::{LayerRole, Part, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -166,6 +166,7 @@ pub fn finetune(
     let component = bundle.require(Role::Decoder)?.clone();
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
     check_needs(&bundle, work)?;
+    check_connector(&bundle, request.settings)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let indices = drawn(request, &dataset, &encoder)?;
@@ -207,10 +208,14 @@ pub fn finetune(
         return Ok(outcome.report);
     };
     writer.save(&component, &outcome.decoder)?;
+    if let Some(connector) = &outcome.connector {
+        writer.save(bundle.require(Role::Projector)?, connector)?;
+    }
     let recorded = Recorded { subset: request.subset, reading: request.options, settings: &roles.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
     writer.push_step(RecordedStep::Finetune {
-        layers: roles.trained.clone(),
+        layers: outcome.report.layers.clone(),
+        connector: outcome.connector.is_some(),
         samples: outcome.report.samples,
         settings: recorded.clone(),
     });
@@ -282,6 +287,23 @@ fn check_head(bundle: &Bundle, settings: &Settings) -> Result<()> {
         )
         .remedy("leave it out: the authors' released code does not train such a head either")),
         None => Ok(()),
+    }
+}
+
+/// Errors: `Error::Unsupported` where the connector is to be trained and other precision variants of it would keep their old
+/// weights.
+fn check_connector(bundle: &Bundle, settings: &Settings) -> Result<()> {
+    let files: Vec<&str> = bundle.variants(Role::Projector).map(|component| component.file.as_str()).collect();
+    match files[..] {
+        [first, _, ..] if settings.lora.layers == LoraLayers::All => Err(Error::unsupported(
+            format!("finetuning `{first}` in `{}`", bundle.root().display()),
+            format!(
+                "the connector is there in several variants ({}), and the others would keep their old weights",
+                files.join(", ")
+            ),
+        )
+        .remedy("delete the other variants before, and quantise the result afterwards")),
+        _ => Ok(()),
     }
 }
 
