@@ -213,16 +213,17 @@ fn fit_each(
                 measure(run, students, &mut drawn, dataset, from, (target.layer, product))
             };
             let mut parts = measured()?;
-            if last.take_if(|before| parts.distance() > *before).is_some()
+            let mut distance = parts.distance()?;
+            if last.take_if(|before| distance > *before).is_some()
                 && let Some(worse) = done.pop()
             {
                 worse.undo()?;
                 result.weights.pop();
                 result.ridges.pop();
                 parts = measured()?;
+                distance = parts.distance()?;
             }
             progress.advance(samples.len() as u64);
-            let distance = parts.distance();
             let (ridge, sums, solved) = choose(parts)?;
             let (name, weight) = students[0].weight_of(product.weight)?;
             let change = if product.transposed { solved.change.tr() } else { solved.change };
@@ -230,7 +231,7 @@ fn fit_each(
             last = Some(distance);
             result.weights.push(name);
             result.ridges.push(ridge);
-            result.distance_before.get_or_insert(sums.distance / sums.tokens.max(1.0));
+            result.distance_before.get_or_insert(sums.distance()? / sums.tokens.max(1.0));
             result.distance_after = Some(solved.distance / sums.tokens.max(1.0));
         }
         results.push(result);
@@ -268,8 +269,8 @@ struct Parts {
 }
 
 impl Parts {
-    fn distance(&self) -> f64 {
-        self.fitted.distance + self.held_out.distance
+    fn distance(&self) -> Result<f64> {
+        Ok(self.fitted.distance()? + self.held_out.distance()?)
     }
 }
 

@@ -30,7 +30,8 @@ pub struct Normal {
     pub a: Tensor,
     /// `[K, D]`.
     pub b: Tensor,
-    pub distance: f64,
+    /// f64 `[]` on the device: a pass does not wait for it.
+    distance: Tensor,
     pub tokens: f64,
 }
 
@@ -56,7 +57,8 @@ impl Normal {
     pub fn new(k: i64, d: i64, device: Device) -> Result<Self> {
         let kind = if sum_bytes(k as u64, d as u64) == 8 { Kind::Double } else { Kind::Float };
         let zeros = |size: [i64; 2]| Tensor::f_zeros(size, (kind, device)).map_err(failed());
-        Ok(Normal { a: zeros([k, k])?, b: zeros([k, d])?, distance: 0.0, tokens: 0.0 })
+        let distance = Tensor::f_zeros([0i64; 0], (Kind::Double, device)).map_err(failed())?;
+        Ok(Normal { a: zeros([k, k])?, b: zeros([k, d])?, distance, tokens: 0.0 })
     }
 
     /// Adds the rows of several passes, in their order.
@@ -65,8 +67,8 @@ impl Normal {
     pub fn add(&mut self, passes: &[PassRows]) -> Result<()> {
         let _guard = tch::no_grad_guard();
         for PassRows { rest, .. } in passes {
-            let sum = rest.f_square().and_then(|squares| squares.f_sum(Kind::Double)?.f_double_value(&[]));
-            self.distance += sum.map_err(failed())?;
+            let sum = rest.f_square().and_then(|squares| squares.f_sum(Kind::Double));
+            let _ = sum.and_then(|sum| self.distance.f_add_(&sum)).map_err(failed())?;
             self.tokens += rest.size()[0] as f64;
         }
         let tasks = tiles(self.a.size()[0]).map(|(start, length)| {
@@ -97,11 +99,18 @@ impl Normal {
         on_pool(1, tasks).map(|_| ())
     }
 
+    /// The sum of squared distances. Reading it waits for a GPU.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn distance(&self) -> Result<f64> {
+        self.distance.f_double_value(&[]).map_err(failed())
+    }
+
     /// Adds the sums of `other`.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn absorb(&mut self, other: &Normal) -> Result<()> {
-        self.distance += other.distance;
+        let _ = self.distance.f_add_(&other.distance).map_err(failed())?;
         self.tokens += other.tokens;
         let _ = self.a.f_add_(&other.a).and_then(|_| self.b.f_add_(&other.b)).map_err(failed())?;
         Ok(())
@@ -113,9 +122,10 @@ impl Normal {
     pub fn sum_over(&mut self, ranks: &Ranks) -> Result<()> {
         ranks.sum(&[self.a.shallow_clone()])?;
         ranks.sum(&[self.b.shallow_clone()])?;
-        let numbers = Tensor::from_slice(&[self.distance, self.tokens]);
+        let numbers = Tensor::from_slice(&[self.distance()?, self.tokens]);
         ranks.sum(std::slice::from_ref(&numbers))?;
-        (self.distance, self.tokens) = (numbers.double_value(&[0]), numbers.double_value(&[1]));
+        let _ = self.distance.f_fill_(numbers.double_value(&[0])).map_err(failed())?;
+        self.tokens = numbers.double_value(&[1]);
         Ok(())
     }
 
@@ -123,7 +133,7 @@ impl Normal {
     ///
     /// Errors: `Error::NotFinite` when the sum of distances is not finite; `Error::Engine` from LibTorch.
     pub fn solve(&self, ridge: f64) -> Result<Solved> {
-        if !self.distance.is_finite() {
+        if !self.distance()?.is_finite() {
             return Err(Error::not_finite("the fit", "the stream or the dense model's stream is not finite")
                 .remedy("take a lower learning rate, or look at the samples with `interlace score`"));
         }
@@ -170,7 +180,7 @@ impl Normal {
                 sum().map_err(failed())
             }
         });
-        Ok(self.distance + on_pool(1, tasks)?.into_iter().sum::<f64>())
+        Ok(self.distance()? + on_pool(1, tasks)?.into_iter().sum::<f64>())
     }
 }
 
@@ -238,22 +248,22 @@ mod tests {
         let sums = sums(&h, &h.matmul(&want));
         let solved = sums.solve(1e-9).unwrap();
         assert!((&solved.change - &want).abs().max().double_value(&[]) < 1e-4);
-        assert!(solved.distance.abs() < 1e-4 * sums.distance, "{}", solved.distance);
+        assert!(solved.distance.abs() < 1e-4 * sums.distance().unwrap(), "{}", solved.distance);
         // With a very large ridge the weight does not change.
         let still = sums.solve(1e9).unwrap();
         assert!(still.change.abs().max().double_value(&[]) < 1e-6);
-        assert!((still.distance / sums.distance - 1.0).abs() < 1e-6);
+        assert!((still.distance / sums.distance().unwrap() - 1.0).abs() < 1e-6);
     }
 
     /// One feature, computed by hand: `(a + ridge * a) d = b`.
     #[test]
     fn the_ridge_is_relative_to_the_mean_square_of_the_features() {
         let scalar = |value: f32| Tensor::from_slice(&[value]).view([1, 1]);
-        let sums = Normal { a: scalar(4.0), b: scalar(6.0), distance: 10.0, tokens: 1.0 };
+        let sums = Normal { a: scalar(4.0), b: scalar(6.0), distance: Tensor::from(10.0), tokens: 1.0 };
         let solved = sums.solve(0.5).unwrap();
         assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
         assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
-        let broken = Normal { distance: f64::NAN, ..sums };
+        let broken = Normal { distance: Tensor::from(f64::NAN), ..sums };
         let error = broken.solve(0.5).err().unwrap();
         assert!(matches!(error, Error::NotFinite { .. }), "{error}");
         assert!(error.to_string().starts_with("the fit: the stream or the dense model's stream"), "{error}");
