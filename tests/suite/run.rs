@@ -4,6 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use super::cli::{fixture, interlace, stderr, stdout};
 
@@ -365,20 +368,23 @@ fn no_choice_depends_on_the_benchmark() {
 const NOTHING: &[u8] = b"\xff\xfe nothing";
 
 /// Makes a pipe at `path`. The thread waits for the first reader, reads the finished steps of the run in `out` at that moment,
-/// and gives the reader bytes that are no data.
-fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<String>> {
+/// and gives the reader bytes that are no data. It ends with nothing where the run was over before.
+fn at_the_first_opening(path: &Path, out: &Path, over: &Arc<AtomicBool>) -> JoinHandle<Option<Vec<String>>> {
     let made = Command::new("mkfifo").arg(path).status().expect("mkfifo");
     assert!(made.success());
-    let (path, out) = (path.to_path_buf(), out.to_path_buf());
+    let (path, out, over) = (path.to_path_buf(), out.to_path_buf(), over.clone());
     std::thread::spawn(move || {
         let mut pipe = fs::OpenOptions::new().write(true).open(&path).expect("a reader");
+        if over.load(Ordering::SeqCst) {
+            return None;
+        }
         let state = read(&out.join("state.json"));
         // Whoever opens it again finds a file.
         fs::remove_file(&path).expect("remove");
         fs::write(&path, NOTHING).expect("write");
         // A reader that is gone is no matter.
         let _ = pipe.write_all(NOTHING);
-        state["steps"].as_object().expect("steps").keys().cloned().collect()
+        Some(state["steps"].as_object().expect("steps").keys().cloned().collect())
     })
 }
 
@@ -436,29 +442,26 @@ fn test_files_are_opened_when_every_model_is_made() {
     let cases = [("run", run, Vec::from(of_run)), ("run", auto, Vec::from(of_auto)), ("sweep", sweep, Vec::new())];
     for (verb, text, wanted) in cases {
         assert!(text.contains("held_back") && text.contains("sleb") && text.contains("[1e-4, 1e-3]"), "{text}");
-        for (piped, whole) in [("bench.tsv", "words.jsonl"), ("words.jsonl", "bench.tsv")] {
-            let folder = tempfile::tempdir().expect("folder");
-            let here = folder.path();
-            fs::write(here.join("words.jsonl"), WORDS).expect("text");
-            fs::copy(&bench, here.join("bench.tsv")).expect("benchmark");
-            fs::write(here.join("recipe.toml"), text.replace(&bench, "bench.tsv")).expect("recipe");
-            fs::remove_file(here.join(piped)).expect("remove");
-            let opened = at_the_first_opening(&here.join(piped), &here.join("out"));
-            let output = interlace(here, &[verb, "recipe.toml"]);
-            assert_eq!(output.status.code(), Some(2), "{verb}: {}", stderr(&output));
-            assert!(here.join(whole).is_file());
-            if !opened.is_finished() {
-                // Nobody opened it: this lets the thread go on, and the assertions below fail.
-                let _both = fs::OpenOptions::new().read(true).write(true).open(here.join(piped)).expect("the pipe");
-            }
-            let steps = opened.join().expect("the thread");
-            let count = |start: &str| steps.iter().filter(|step| step.starts_with(start)).count();
-            let missing: Vec<_> = wanted.iter().filter(|name| !steps.iter().any(|step| step == *name)).collect();
-            assert!(missing.is_empty(), "{verb}: {missing:?} are made later than {piped} is opened, {steps:?}");
-            if verb == "sweep" {
-                assert_eq!((count("healed-"), count("dense-"), count("held-back-")), (4, 4, 9), "{steps:?}");
-            }
-            assert!(piped == "words.jsonl" || count("eval-") == 0, "{steps:?}");
+        let folder = tempfile::tempdir().expect("folder");
+        let here = folder.path();
+        fs::write(here.join("recipe.toml"), text.replace(&bench, "bench.tsv")).expect("recipe");
+        let (over, piped) =
+            (Arc::new(AtomicBool::new(false)), ["bench.tsv", "words.jsonl"].map(|name| here.join(name)));
+        let threads = piped.each_ref().map(|path| at_the_first_opening(path, &here.join("out"), &over));
+        // What it reads of the first one ends the run.
+        let output = interlace(here, &[verb, "recipe.toml"]);
+        assert_eq!(output.status.code(), Some(2), "{verb}: {}", stderr(&output));
+        over.store(true, Ordering::SeqCst);
+        // A thread whose pipe nobody opened goes on.
+        let _readers = piped.each_ref().map(|path| fs::OpenOptions::new().read(true).write(true).open(path));
+        let opened = threads.map(|thread| thread.join().expect("the thread"));
+        let [Some(steps), None] = &opened else { panic!("{verb}: {opened:?}, {}", stderr(&output)) };
+        let count = |start: &str| steps.iter().filter(|step| step.starts_with(start)).count();
+        let missing: Vec<_> = wanted.iter().filter(|name| !steps.iter().any(|step| step == *name)).collect();
+        assert!(missing.is_empty(), "{verb}: {missing:?} are made later than the benchmark is opened, {steps:?}");
+        if verb == "sweep" {
+            assert_eq!((count("healed-"), count("dense-"), count("held-back-")), (4, 4, 9), "{steps:?}");
         }
+        assert_eq!(count("eval-"), 0, "{steps:?}");
     }
 }

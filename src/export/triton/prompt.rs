@@ -1,5 +1,7 @@
 //! `merge_embeddings`: all that the decoder reads for a prompt, from the outputs of token embedding and vision encoder.
 
+use std::collections::HashMap;
+
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Model, ValueId};
 use crate::prompt::IMAGE_GRID_THW;
@@ -35,6 +37,57 @@ pub(super) struct Merge {
     pub sources: Vec<(String, MergeInput)>,
 }
 
+/// The graph's inputs.
+struct Inputs {
+    joined: Joined,
+    sources: Vec<(String, MergeInput)>,
+}
+
+impl Inputs {
+    fn add(&mut self, name: String, port: &Port, shape: &[Dim], source: MergeInput) -> ValueId {
+        self.sources.push((name.clone(), source));
+        graph_input(&mut self.joined, &name, port.dtype, shape)
+    }
+
+    /// An output of the token embedding for one prompt of any length; the other sizes are the embedding's.
+    fn of_embedding(&mut self, port: &Port) -> ValueId {
+        let shape: Vec<Dim> = sequence().into_iter().chain(port.shape.iter().skip(2).cloned()).collect();
+        self.add(format!("token_{}", port.name), port, &shape, MergeInput::Embedding(port.name.clone()))
+    }
+
+    /// The outputs of the vision encoder, in its order.
+    fn of_vision(&mut self, pictures: &VisionPorts) -> Vec<ValueId> {
+        let levels = pictures.levels.iter().map(|(place, _, port)| (*place, port));
+        let ports = std::iter::once((pictures.main.0, &pictures.main.1)).chain(levels);
+        let mut outputs: Vec<(usize, ValueId)> = Vec::new();
+        for (place, port) in ports {
+            let name = format!("vision_{}", port.name);
+            outputs.push((place, self.add(name, port, &port.shape, MergeInput::Vision(port.name.clone()))));
+        }
+        outputs.sort_by_key(|(place, _)| *place);
+        outputs.into_iter().map(|(_, value)| value).collect()
+    }
+
+    /// The pictures' grids, from which three rows of positions come.
+    ///
+    /// Errors: `Error::Unsupported` naming what is missing for them.
+    fn grids(&mut self, positions: &Port, vision: &Model, ids: &TokenIds<'_>) -> Result<(Grids, DataType)> {
+        let of = |(_, input): &(ValueId, crate::runtime::Input)| input.kind() == InputKind::Image(IMAGE_GRID_THW);
+        let grids = inputs_of("vision_encoder", vision)?.into_iter().find(of);
+        let lacks = |what: &str| refused(positions, &format!("has three rows, and {what}"));
+        let (_, grids) = grids.ok_or_else(|| lacks("the vision encoder reads no `image_grid_thw`"))?;
+        let merge = ids.merge.ok_or_else(|| lacks("the config names no `spatial_merge_size`"))?;
+        let image = ids.image.ok_or_else(|| lacks("the config names no image token"))?;
+        let port = &grids.port;
+        let grids = self.add(port.name.clone(), port, &port.shape, MergeInput::Picture(port.name.clone()));
+        Ok((Grids { grids, image, merge }, port.dtype))
+    }
+}
+
+fn sequence() -> [Dim; 2] {
+    [Dim::Known(1), symbol("sequence")]
+}
+
 /// Token ids `[1, T]`, their embeddings `[1, T, D]`, the vision encoder's outputs and the pictures' grids -> the decoder's inputs for
 /// the whole prompt, empty caches among them, under the decoder's own names. A prompt without image tokens ignores the features.
 ///
@@ -56,53 +109,20 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     joined.model.opset_imports.insert(String::new(), opset);
     joined.model.producer_name = "interlace".into();
     joined.model.graph.body.name = "merge_embeddings".into();
-    let mut sources = vec![(INPUT_IDS.to_string(), MergeInput::Ids)];
-    let mut input = |joined: &mut Joined, name: String, port: &Port, shape: &[Dim], source: MergeInput| {
-        sources.push((name.clone(), source));
-        graph_input(joined, &name, port.dtype, shape)
-    };
-    let sequence = || [Dim::Known(1), symbol("sequence")];
     let input_ids = graph_input(&mut joined, INPUT_IDS, own.ids.1, &sequence());
-    let mut of_embedding = |joined: &mut Joined, port: &Port| {
-        // One prompt of any length; the other sizes are the embedding's.
-        let shape: Vec<Dim> = sequence().into_iter().chain(port.shape.iter().skip(2).cloned()).collect();
-        input(joined, format!("token_{}", port.name), port, &shape, MergeInput::Embedding(port.name.clone()))
-    };
+    let mut inputs = Inputs { joined, sources: vec![(INPUT_IDS.to_string(), MergeInput::Ids)] };
     let main = &own.main.1;
-    let values = of_embedding(&mut joined, main);
+    let values = inputs.of_embedding(main);
     let per_layer = own.per_layer.as_ref().filter(|_| decoder.reads(InputKind::PerLayerInputs).is_some());
-    let per_layer = per_layer.map(|(_, port)| (of_embedding(&mut joined, port), port.dtype));
-    let mut outputs: Vec<(usize, ValueId)> = Vec::new();
-    let levels = pictures.levels.iter().map(|(place, _, port)| (*place, port));
-    for (place, port) in std::iter::once((pictures.main.0, &pictures.main.1)).chain(levels) {
-        let name = format!("vision_{}", port.name);
-        outputs.push((place, input(&mut joined, name, port, &port.shape, MergeInput::Vision(port.name.clone()))));
-    }
-    outputs.sort_by_key(|(place, _)| *place);
+    let per_layer = per_layer.map(|(_, port)| (inputs.of_embedding(port), port.dtype));
+    let given = inputs.of_vision(&pictures);
     let three = decoder.reads(InputKind::PositionIds).filter(|port| port.rank() == 3);
-    let grids = match three {
-        None => None,
-        Some(positions) => {
-            let of = |(_, input): &(ValueId, crate::runtime::Input)| input.kind() == InputKind::Image(IMAGE_GRID_THW);
-            let grids = inputs_of("vision_encoder", vision)?.into_iter().find(of);
-            let lacks = |what: &str| refused(positions, &format!("has three rows, and {what}"));
-            let (_, grids) = grids.ok_or_else(|| lacks("the vision encoder reads no `image_grid_thw`"))?;
-            let merge = ids.merge.ok_or_else(|| lacks("the config names no `spatial_merge_size`"))?;
-            let image = ids.image.ok_or_else(|| lacks("the config names no image token"))?;
-            let port = &grids.port;
-            let value =
-                input(&mut joined, port.name.clone(), port, &port.shape, MergeInput::Picture(port.name.clone()));
-            Some((value, port.dtype, image, merge))
-        }
-    };
+    let grids = three.map(|positions| inputs.grids(positions, vision, ids)).transpose()?;
+    let Inputs { mut joined, sources } = inputs;
     let mut scope = JoinScope::new(&mut joined);
     let input_ids = cast(&mut scope, input_ids, own.ids.1, DataType::Int64);
-    let grids = grids.map(|(value, dtype, image, merge)| {
-        let grids = cast(&mut scope, value, dtype, DataType::Int64);
-        Grids { grids, image, merge }
-    });
+    let grids = grids.map(|(own, dtype)| Grids { grids: cast(&mut scope, own.grids, dtype, DataType::Int64), ..own });
     let rows = Rows { ids: input_ids, values, dtype: main.dtype, width: main.width() };
-    let given = outputs.into_iter().map(|(_, value)| value).collect();
     let merged = at_image_tokens(&mut scope, &rows, &decoder, &pictures, ids.image, |_| Ok(given))?;
     let tokens = Tokens {
         ids: input_ids,
@@ -117,17 +137,7 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     let first = scalar(&mut scope, "first", 0);
     let next = three.map(|_| positions::behind(&mut scope, start.positions, NEXT_POSITION));
     let given = fed(&mut scope, &decoder, &start, first, Some(main.dtype));
-    let ports = decoder.inputs.iter().map(|(id, input)| (*id, &input.port));
-    let ports: Vec<(ValueId, &Port)> = ports.chain(decoder.caches.iter().map(|(id, port, _)| (*id, port))).collect();
-    let mut outputs = Vec::new();
-    for (id, port) in ports {
-        let value = given
-            .get(&id)
-            .copied()
-            .ok_or_else(|| Error::invalid(format!("input {}", port.described()), "is not computed for a prompt"))?;
-        // A value may be an input, or stand for two of the decoder's inputs.
-        outputs.push((scope.op(&port.name, "Identity", &[value], &[]), port));
-    }
+    let outputs = named(&mut scope, &decoder, &given)?;
     let nodes = scope.nodes;
     let graph = &mut joined.model.graph;
     graph.body.nodes.extend(nodes);
@@ -145,4 +155,26 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     }
     crate::ir::check(&joined.model)?;
     Ok(Merge { model: joined.model, sources })
+}
+
+/// A value for each input of the decoder, under its name.
+///
+/// Errors: `Error::Invalid` for an input without a value.
+fn named<'a>(
+    scope: &mut JoinScope<'_>,
+    decoder: &'a DecoderPorts,
+    given: &HashMap<ValueId, ValueId>,
+) -> Result<Vec<(ValueId, &'a Port)>> {
+    let ports = decoder.inputs.iter().map(|(id, input)| (*id, &input.port));
+    let ports: Vec<(ValueId, &Port)> = ports.chain(decoder.caches.iter().map(|(id, port, _)| (*id, port))).collect();
+    let mut outputs = Vec::new();
+    for (id, port) in ports {
+        let value = given
+            .get(&id)
+            .copied()
+            .ok_or_else(|| Error::invalid(format!("input {}", port.described()), "is not computed for a prompt"))?;
+        // A value may be an input, or stand for two of the decoder's inputs.
+        outputs.push((scope.op(&port.name, "Identity", &[value], &[]), port));
+    }
+    Ok(outputs)
 }
