@@ -292,7 +292,6 @@ fn malformed_benchmarks_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
         ("index\timage\tquestion\n", "is empty"),
-        ("index\tquestion\n1\tq\n", "no column `image`"),
         ("image\tquestion\nx\tq\n", "no column `index`"),
         ("index\timage\tquestion\n1\t2\tq\n", "takes its picture from row `2`"),
         ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "occurs twice"),
@@ -303,6 +302,10 @@ fn malformed_benchmarks_are_refused() {
         let error = Benchmark::open(&write(folder.path(), "bench.tsv", text)).unwrap_err().to_string();
         assert!(error.contains(want), "{error}");
     }
+    // Without a column for pictures all questions are of text.
+    let benchmark = Benchmark::open(&write(folder.path(), "text.tsv", "index\tquestion\n1\tq\n2\tr\n")).unwrap();
+    assert_eq!((benchmark.rows().len(), benchmark.rows_without_picture()), (2, 0));
+    assert!(benchmark.images(&benchmark.rows()[1]).unwrap().is_empty());
     let text = format!("index\timage\timage_path\tquestion\n1\t{}\t\tq\n2\t\t../x.png\tq\n", "!".repeat(80));
     let benchmark = Benchmark::open(&write(folder.path(), "bench.tsv", &text)).unwrap();
     for (row, want) in [(0, "is not base64"), (1, "without `..`")] {

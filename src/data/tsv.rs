@@ -21,7 +21,7 @@ const MISSING: &[&str] = &[
     "NaN", "None", "n/a", "nan", "null",
 ];
 
-/// A benchmark: questions with pictures. The pictures are read from the file on demand.
+/// A benchmark: questions with pictures, or without any. The pictures are read from the file on demand.
 #[derive(Debug)]
 pub struct Benchmark {
     path: PathBuf,
@@ -49,10 +49,11 @@ impl Benchmark {
         path.extension().is_some_and(|extension| extension == "tsv")
     }
 
-    /// Reads all columns except the pictures. Rows without a picture are left out, as in VLMEvalKit.
+    /// Reads all columns except the pictures. Rows without a picture are left out, as in VLMEvalKit; in a file that has no column for
+    /// pictures all questions are of text.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` for a missing column, a row with another number of cells, an index that
-    /// occurs twice, a reference to a row without a picture, base64 in `image_path`, or a file without any picture.
+    /// occurs twice, a reference to a row without a picture, base64 in `image_path`, or columns for pictures without any.
     pub fn open(path: &Path) -> Result<Self> {
         let mut reader = reader(path)?;
         let subject = || format!("benchmark `{}`", path.display());
@@ -66,9 +67,7 @@ impl Benchmark {
         let index = column("index").ok_or_else(|| missing("index"))?;
         column("question").ok_or_else(|| missing("question"))?;
         let (image, image_path) = (column("image"), column("image_path"));
-        if image.is_none() && image_path.is_none() {
-            return Err(missing("image"));
-        }
+        let of_text = image.is_none() && image_path.is_none();
         let mut rows: Vec<BenchRow> = Vec::new();
         let mut positions: HashMap<String, Option<csv::Position>> = HashMap::new();
         let mut references: Vec<Option<String>> = Vec::new();
@@ -120,7 +119,7 @@ impl Benchmark {
             })?);
         }
         let read = rows.len();
-        rows.retain(|row| row.image_position.is_some() || row.image_path.is_some());
+        rows.retain(|row| of_text || row.image_position.is_some() || row.image_path.is_some());
         if rows.is_empty() {
             return Err(Error::invalid(subject(), "has no question with a picture")
                 .remedy("put pictures into the column `image` in base64, or their paths into `image_path`"));

@@ -46,11 +46,11 @@ fn default_pause() -> Duration {
     Duration::from_secs(2)
 }
 
-/// A question with a picture.
+/// A question, with a picture or without.
 pub struct ChatQuestion {
     /// Text of the question.
     pub text: String,
-    /// An encoded picture.
+    /// An encoded picture; empty where the question has none.
     pub picture: Vec<u8>,
 }
 
@@ -211,14 +211,15 @@ impl Judge {
             [b'R', b'I', b'F', b'F', ..] => "webp",
             _ => "jpeg",
         };
-        let picture = format!("data:image/{kind};base64,{}", STANDARD.encode(&question.picture));
+        let mut content = vec![json!({"type": "text", "text": question.text})];
+        if !question.picture.is_empty() {
+            let url = format!("data:image/{kind};base64,{}", STANDARD.encode(&question.picture));
+            content.push(json!({"type": "image_url", "image_url": {"url": url}}));
+        }
         json!({
             "model": self.model,
             "temperature": 0,
-            "messages": [{"role": "user", "content": [
-                {"type": "text", "text": question.text},
-                {"type": "image_url", "image_url": {"url": picture}},
-            ]}],
+            "messages": [{"role": "user", "content": content}],
         })
     }
 }
@@ -236,5 +237,7 @@ mod tests {
         let content = &body["messages"][0]["content"];
         assert_eq!(content[1]["image_url"]["url"], "data:image/png;base64,iVBORw==");
         assert_eq!((&content[0]["text"], &body["model"]), (&json!("q"), &json!("m")));
+        let body = judge.body(&ChatQuestion { text: "q".into(), picture: Vec::new() });
+        assert_eq!(body["messages"][0]["content"], json!([{"type": "text", "text": "q"}]));
     }
 }

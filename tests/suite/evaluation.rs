@@ -12,6 +12,8 @@ use interlace::eval::{
 use interlace::pipeline::steps::{Engine, EvalSettings};
 use interlace::runtime::{Decoder, Embedded, FeatureCache, Runtime, SessionOptions, Step, cross_entropy};
 
+use super::cli::{interlace, stderr};
+
 fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
@@ -154,6 +156,24 @@ fn a_single_decoder_is_benchmarked_without_a_picture() {
         assert!(report.model.pipeline_ttft_ms.is_none() && report.speedup.is_none(), "{file}");
         assert!(report.model.decode_tokens_per_second.median > 0.0, "{file}");
     }
+}
+
+/// Language models have such benchmarks; a model with a vision encoder answers them as well.
+#[test]
+fn a_table_without_a_column_for_pictures_is_asked_as_text() {
+    let folder = tempfile::tempdir().expect("folder");
+    let table = folder.path().join("words.tsv");
+    let rows =
+        "index\tquestion\tA\tB\tanswer\n1\tWhich is a colour?\tblue\ttwo\tA\n2\tWhich is a number?\tblue\ttwo\tB\n";
+    std::fs::write(&table, rows).expect("write");
+    let report = folder.path().join("report.json");
+    let arguments = ["eval", &fixture("model").display().to_string(), "--data", &table.display().to_string()];
+    let output = interlace(folder.path(), &[&arguments[..], &["-o", "report.json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).expect("report")).expect("JSON");
+    assert_eq!(report["model"]["questions"], 2);
+    assert_eq!(report["model"]["groups"][0]["metrics"]["multiple_choice"], 2);
+    assert!(report["model"]["likelihood"].is_object(), "{report}");
 }
 
 #[test]
