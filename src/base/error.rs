@@ -123,7 +123,10 @@ impl Error {
     pub fn kept_in(self, work: &Path) -> Self {
         match self {
             Error::Interrupted { .. } => Error::Interrupted {
-                kept: format!("finished steps are in `{}`, and the same call continues after them", work.display()),
+                kept: format!(
+                    "finished steps, if any, are in `{}`, and the same call continues after them",
+                    work.display()
+                ),
             },
             error => error,
         }

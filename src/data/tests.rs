@@ -292,6 +292,7 @@ fn malformed_benchmarks_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
         ("index\timage\tquestion\n", "is empty"),
+        ("index\tImages\tquestion\n1\tx\tq\n", "no column `image`"),
         ("image\tquestion\nx\tq\n", "no column `index`"),
         ("index\timage\tquestion\n1\t2\tq\n", "takes its picture from row `2`"),
         ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "occurs twice"),

@@ -68,6 +68,10 @@ impl Benchmark {
         column("question").ok_or_else(|| missing("question"))?;
         let (image, image_path) = (column("image"), column("image_path"));
         let of_text = image.is_none() && image_path.is_none();
+        let misnamed = |name: &String| ["image", "picture"].iter().any(|word| name.to_lowercase().contains(word));
+        if of_text && columns.iter().any(misnamed) {
+            return Err(missing("image"));
+        }
         let mut rows: Vec<BenchRow> = Vec::new();
         let mut positions: HashMap<String, Option<csv::Position>> = HashMap::new();
         let mut references: Vec<Option<String>> = Vec::new();

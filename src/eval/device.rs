@@ -2,15 +2,13 @@
 
 use crate::base::{Result, human_bytes};
 use crate::bundle::{Bundle, Component};
-use crate::ir::{Model, large_constants};
+use crate::ir::{Model, WEBGPU_BUFFER_BYTES, large_constants};
 use crate::onnx;
 use crate::rewrite::casts_wide_positions;
 use crate::runtime::Port;
 
 use super::checks::{CheckStatus, Checks};
 
-/// Largest buffer of a WebGPU device where the user names none; the same as in `export --to webgpu`.
-const WEBGPU_BUFFER_BYTES: u64 = 1_000_000_000;
 /// What every WebGPU device binds to a shader: `maxStorageBufferBindingSize` of the specification.
 const EVERY_WEBGPU_BYTES: u64 = 128 << 20;
 

@@ -2,6 +2,10 @@
 
 use super::{AttributeKind, Body, Graph, Model, Node};
 
+/// Largest weight for WebGPU in bytes where the user names no limit. Chrome rounds a device's `maxStorageBufferBindingSize` down to
+/// 128 MiB, 512 MiB, 1 GiB, 2 GiB or 4 GiB; this is below the third, which graphics cards of computers reach.
+pub const WEBGPU_BUFFER_BYTES: u64 = 1_000_000_000;
+
 /// Constants of more than `limit` bytes with their sizes in bytes: initializers of the graph, of bodies inside nodes and of
 /// functions, and numbers in attributes. Each is described as messages show it.
 pub fn large_constants(model: &Model, limit: u64) -> Vec<(String, u64)> {

@@ -14,7 +14,7 @@ mod types;
 pub use attribute::{Attribute, AttributeKind};
 pub use check::check;
 pub use index::{GraphIndex, Producer, Use, captured};
-pub use large::large_constants;
+pub use large::{WEBGPU_BUFFER_BYTES, large_constants};
 pub use names::FreshNames;
 pub use tensor::{Bytes, Tensor, TensorData};
 pub use types::{DataType, Dim, Opaque, ValueId, ValueType};

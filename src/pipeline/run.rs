@@ -190,7 +190,9 @@ impl RecipeRun<'_> {
         for name in &recipe.plan.auto.candidates {
             let (plan, planned) = match self.plan(scores, name) {
                 // Of some networks a strategy cannot drop that many layers: no block of them may go, or its structure ends.
-                Err(Error::Invalid { subject, problem, remedy }) if subject == format!("strategy `{name}`") => {
+                Err(Error::Invalid { subject, problem, remedy })
+                    if subject == format!("strategy `{name}`") && problem.starts_with("cannot drop") =>
+                {
                     self.stages.note(&format!("auto: {name}: left out: {problem}"));
                     refused.get_or_insert(Error::Invalid { subject, problem, remedy });
                     continue;

@@ -280,10 +280,15 @@ impl Input {
         self.kind() == InputKind::Deepstack && self.number.is_none() && self.port.rank() > 2
     }
 
+    /// True when DeepStack features have a row for every token, zeros at text.
+    pub fn is_by_token(&self) -> bool {
+        self.port.rank() - usize::from(self.is_stacked()) == 3
+    }
+
     /// One level of DeepStack features, or all of them stacked; see [`InputKind::Deepstack`].
     fn deepstack(&self, step: &Step) -> Result<Array> {
         let width = self.port.width().unwrap_or(step.hidden_size());
-        let by_token = self.port.rank() - usize::from(self.is_stacked()) == 3;
+        let by_token = self.is_by_token();
         let wanted = self.levels_of(step)?;
         let mut data = Vec::new();
         for &level in &wanted {

@@ -49,7 +49,7 @@ pub use inputs::{Input, InputKind, Training, output_kind};
 pub use library::keep_telemetry_off;
 pub use likelihood::cross_entropy;
 pub use logits::argmax_last;
-pub use open::headed;
+pub use open::{content_digest, headed};
 pub use port::Port;
 pub use positions::multimodal_positions;
 pub use profile::{NetworkTimes, Profile};

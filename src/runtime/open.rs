@@ -213,7 +213,7 @@ impl VlmSettings {
 }
 
 /// One digest over the bytes of components' files, independent of file names.
-fn content_digest<'a>(bundle: &Bundle, parts: impl IntoIterator<Item = &'a Component>) -> Result<Sha256Digest> {
+pub fn content_digest<'a>(bundle: &Bundle, parts: impl IntoIterator<Item = &'a Component>) -> Result<Sha256Digest> {
     let files = parts.into_iter().flat_map(|part| std::iter::once(&part.file).chain(&part.external));
     let digests = files.map(|file| sha256_file(&bundle.root().join(file))).collect::<Result<Vec<_>>>()?;
     sha256_json(&digests)

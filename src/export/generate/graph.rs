@@ -209,11 +209,10 @@ impl Carried {
         };
         let mut sides = Vec::new();
         for (input, value) in decoder.sides().zip(self.sides) {
-            let (stacked, rank) = (input.is_stacked(), input.port.rank());
-            if input.kind() == InputKind::Deepstack && rank - usize::from(stacked) != 3 {
+            if input.kind() == InputKind::Deepstack && !input.is_by_token() {
                 return Err(refused(&input.port, "has rows of image tokens alone, some of which are left out"));
             }
-            sides.push(of(value, 1 + i64::from(stacked)));
+            sides.push(of(value, 1 + i64::from(input.is_stacked())));
         }
         Ok(Carried {
             ids: self.ids.map(|ids| of(ids, 1)),

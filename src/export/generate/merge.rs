@@ -147,9 +147,11 @@ pub(in crate::export) fn no_features(
 ) -> Result<ValueId> {
     let port = &input.port;
     let width = width_of(input, width)?;
-    let levels = input.is_stacked().then(|| port.fixed_size(0).unwrap_or(1) as i64);
-    let by_token = port.rank() - usize::from(input.is_stacked()) == 3;
-    Ok(match by_token {
+    let levels = match input.is_stacked() {
+        true => Some(port.fixed_size(0).ok_or_else(|| refused(port, "does not declare its number of levels"))? as i64),
+        false => None,
+    };
+    Ok(match input.is_by_token() {
         true => zeros(scope, levels.as_slice(), ids, width, port.dtype),
         false => {
             let shape: Vec<i64> = levels.into_iter().chain([0, width as i64]).collect();
@@ -234,7 +236,7 @@ pub(in crate::export) fn at_image_tokens(
     let mut given = vec![merged];
     for input in decoder.deepstack() {
         let (width, dtype) = (width_of(input, Some(width))?, input.port.dtype);
-        let by_token = input.port.rank() - usize::from(input.is_stacked()) == 3;
+        let by_token = input.is_by_token();
         let all = vision.rows(&mut with, &values, width, dtype);
         let mut levels = Vec::new();
         for level in vision.levels_of(input)? {

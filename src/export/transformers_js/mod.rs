@@ -20,6 +20,7 @@ use std::path::Path;
 
 use crate::base::{Error, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
+use crate::ir::WEBGPU_BUFFER_BYTES;
 use crate::onnx;
 use crate::rewrite::narrow_positions;
 
@@ -46,7 +47,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
 /// Errors: as [`write`]; `Error::Unsupported` for a graph that WebGPU does not compute, and for a weight above the largest buffer
 /// that cannot be split.
 pub(super) fn webgpu(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let limit = settings.max_buffer_bytes.unwrap_or(webgpu::MAX_BUFFER_BYTES);
+    let limit = settings.max_buffer_bytes.unwrap_or(WEBGPU_BUFFER_BYTES);
     write_for(bundle, &ExportSettings { max_buffer_bytes: Some(limit), ..settings.clone() }, root, Device::WebGpu)
 }
 

@@ -8,10 +8,6 @@ use crate::rewrite::casts_wide_positions;
 /// transformers.js' name of the device.
 pub(super) const DEVICE: &str = "webgpu";
 
-/// Largest weight in bytes where the user names no limit. Chrome rounds a device's `maxStorageBufferBindingSize` down to 128 MiB,
-/// 512 MiB, 1 GiB, 2 GiB or 4 GiB; this is below the third, which graphics cards of computers reach.
-pub(super) const MAX_BUFFER_BYTES: u64 = 1_000_000_000;
-
 /// Errors: `Error::Unsupported` for positions that are read too early, and for bfloat16.
 pub(super) fn check(component: &Component, model: &Model) -> Result<()> {
     let refused = |problem: &str| Error::unsupported(format!("`{}` on WebGPU", component.file), problem);

@@ -210,9 +210,15 @@ fn shape_of_no_features(input: &Input, width: Option<usize>) -> Result<Vec<usize
         Error::unsupported(format!("input {}", input.port.described()), "does not declare the width of its features")
             .remedy("use the model `generate`, whose loop is in the graph")
     })?;
-    let levels = input.is_stacked().then(|| input.port.fixed_size(0).unwrap_or(1));
-    let by_token = input.port.rank() - usize::from(input.is_stacked()) == 3;
-    let tokens: &[usize] = if by_token { &[1, 1] } else { &[0] };
+    let levels = match input.is_stacked() {
+        true => Some(input.port.fixed_size(0).ok_or_else(|| {
+            let problem = "does not declare its number of levels";
+            Error::unsupported(format!("input {}", input.port.described()), problem)
+                .remedy("export it with a fixed first axis")
+        })?),
+        false => None,
+    };
+    let tokens: &[usize] = if input.is_by_token() { &[1, 1] } else { &[0] };
     Ok(levels.into_iter().chain(tokens.iter().copied()).chain([width]).collect())
 }
 

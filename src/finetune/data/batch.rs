@@ -440,7 +440,7 @@ mod tests {
         assert_eq!(before.len(), 7 + 4);
         assert!(before.iter().all(Tensor::is_contiguous));
         let deepstack: Vec<f32> = Vec::try_from(before[9].flatten(0, -1)).unwrap();
-        assert_eq!(deepstack, [0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 0.0, 0.0].as_slice()[2..6]);
+        assert_eq!(deepstack, [2.0, 3.0, 4.0, 5.0]);
         let equal = |batch: &TrainingBatch| {
             assert!(before.iter().zip(tensors(batch)).all(|(a, b)| a.kind() == b.kind() && a.equal(&b)));
             assert_eq!((batch.places(), batch.answer_tokens), (8, 3));

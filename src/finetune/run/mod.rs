@@ -266,7 +266,7 @@ fn planned_data(dataset: &TrainingSet, estimate: &PlannedData) -> PlannedData {
         samples: examples.len() as u64,
         tokens,
         image_tokens: if counted > 0 { counted } else { scaled as u64 },
-        image_share: examples.iter().map(share).fold(estimate.image_share, f64::max),
+        image_share: examples.iter().map(share).fold(if counted > 0 { 0.0 } else { estimate.image_share }, f64::max),
         answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
         longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
         estimated: false,

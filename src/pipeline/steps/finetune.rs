@@ -90,6 +90,7 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
+    check_connector(&bundle, request.settings)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let indices = drawn(request, &dataset, &encoder)?;
@@ -302,7 +303,10 @@ fn check_connector(bundle: &Bundle, settings: &Settings) -> Result<()> {
                 files.join(", ")
             ),
         )
-        .remedy("delete the other variants before, and quantise the result afterwards")),
+        .remedy(
+            "delete the other variants before and quantise the result afterwards, or leave the connector as it is with \
+             `--lora-layers trained`",
+        )),
         _ => Ok(()),
     }
 }
