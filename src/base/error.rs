@@ -199,3 +199,19 @@ impl Error {
         self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_step_of_a_work_folder_says_that_finished_ones_are_kept() {
+        let stopped = Error::Interrupted { kept: "no scores are written".to_string() }.kept_in(Path::new("out"));
+        assert_eq!(
+            stopped.to_string(),
+            "interrupted: finished steps, if any, are in `out`, and the same call continues after them"
+        );
+        let other = Error::invalid("plan", "is empty").kept_in(Path::new("out"));
+        assert_eq!(other.to_string(), Error::invalid("plan", "is empty").to_string());
+    }
+}

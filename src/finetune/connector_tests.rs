@@ -1,5 +1,7 @@
 //! Adapters on a connector that is a graph of its own: that of the shipped model, split off its vision encoder.
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor as Torch};
 
 use super::*;
@@ -104,6 +106,26 @@ impl Trained {
     }
 }
 
+fn request<'a>(
+    bundle: &'a Bundle,
+    data: &'a dyn Source,
+    settings: &'a Settings,
+    (work, features): (&'a Path, &'a Arc<FeatureCache>),
+) -> Request<'a> {
+    Request {
+        bundle,
+        layers: &[3, 7],
+        data,
+        settings,
+        device: Device::Cpu,
+        work,
+        resume: false,
+        limits: Limits::default(),
+        ranks: None,
+        features,
+    }
+}
+
 fn train(
     bundle: &Bundle,
     settings: &Settings,
@@ -119,19 +141,7 @@ fn train(
     let teacher = Teacher { bundle: &dense, kept: &kept, anchors: &[] };
     let teacher = settings.losses().keys().any(|kind| kind.needs_teacher()).then_some(&teacher);
     let outcome = with_data(bundle, |data| {
-        let device = Device::Cpu;
-        let request = Request {
-            bundle,
-            layers: &[3, 7],
-            data,
-            settings,
-            device,
-            work,
-            resume,
-            limits,
-            ranks: None,
-            features: &features,
-        };
+        let request = Request { resume, limits, ..request(bundle, data, settings, (work, &features)) };
         let _alone = alone();
         finetune_with_teacher(&request, teacher, &cancel, &mut |metrics| {
             steps.push(metrics.clone());
@@ -371,23 +381,8 @@ fn a_plan_lists_the_connector() {
     let plan = |bundle: &Bundle, settings: &Settings| {
         with_data(bundle, |data| {
             let work = &folder.path().join("work");
-            let (device, limits) = (Device::Cpu, Limits::default());
-            let layers = &[3, 7][..];
-            let resume = false;
             std::fs::create_dir_all(work).unwrap();
-            let request = Request {
-                bundle,
-                layers,
-                data,
-                settings,
-                device,
-                work,
-                resume,
-                limits,
-                ranks: None,
-                features: &features,
-            };
-            plan_run(&request, None).unwrap()
+            plan_run(&request(bundle, data, settings, (work, &features)), None).unwrap()
         })
     };
     let all = settings().with(adapted);

@@ -115,8 +115,11 @@ fn several_variants_of_a_connector_are_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let target = split(folder.path());
     fs::copy(target.join(CONNECTOR), target.join("onnx/multi_modal_projector_fp16.onnx")).expect("a copy");
-    let output = command(folder.path(), "healed", &["--quiet"]).output().expect("a process");
-    assert!(!output.status.success());
-    let text = stderr(&output);
-    assert!(text.contains("several variants") && text.contains("multi_modal_projector_fp16.onnx"), "{text}");
+    for flag in ["--quiet", "--dry-run"] {
+        let output = command(folder.path(), "healed", &[flag]).output().expect("a process");
+        assert!(!output.status.success());
+        let text = stderr(&output);
+        assert!(text.contains("several variants") && text.contains("multi_modal_projector_fp16.onnx"), "{text}");
+        assert!(text.contains("`--lora-layers trained`"), "{text}");
+    }
 }

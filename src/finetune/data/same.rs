@@ -1,8 +1,23 @@
-//! Compares the computations of two graphs.
+//! Compares the computations of two graphs, and what feeds two decoders.
 
 use std::collections::HashMap;
 
+use crate::base::Result;
+use crate::bundle::{Bundle, Role};
 use crate::ir::{AttributeKind, DataType, Graph, Node, ValueId};
+use crate::runtime::content_digest;
+
+/// Components whose outputs the decoder reads.
+const FEEDING: &[Role] = &[Role::EmbedTokens, Role::VisionEncoder, Role::Projector, Role::TokenPruner];
+
+/// True when both decoders are fed by the same files: a step may have dropped layers of the vision encoder, or trained the
+/// connector.
+///
+/// Errors: `Error::Io` when a file cannot be read.
+pub(super) fn fed_alike(a: &Bundle, b: &Bundle) -> Result<bool> {
+    let digest = |bundle: &Bundle| content_digest(bundle, FEEDING.iter().filter_map(|role| bundle.component(*role)));
+    Ok(digest(a)? == digest(b)?)
+}
 
 /// True when two graphs compute the same: the same operators in the same order, with equal attributes, wired alike, and
 /// initializers of the same bytes. Nodes with bodies count as different.
@@ -92,5 +107,27 @@ mod tests {
         let node = adds.find(|node| node.inputs[0] != node.inputs[1]).unwrap();
         node.inputs.swap(0, 1);
         assert!(!same_computation(&graph, &crossed));
+    }
+
+    #[test]
+    fn models_with_another_vision_encoder_are_fed_differently() {
+        const FILES: [&str; 4] =
+            ["config.json", "onnx/decoder_model_merged.onnx", "onnx/embed_tokens.onnx", "onnx/vision_encoder.onnx"];
+        let folder = tempfile::tempdir().unwrap();
+        let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+        let copy = |name: &str, changed: &str| {
+            let target = folder.path().join(name);
+            std::fs::create_dir_all(target.join("onnx")).unwrap();
+            for file in FILES {
+                let mut bytes = std::fs::read(source.join(file)).unwrap();
+                *bytes.last_mut().unwrap() ^= u8::from(file == changed);
+                std::fs::write(target.join(file), bytes).unwrap();
+            }
+            Bundle::open(&target).unwrap()
+        };
+        let dense = copy("dense", "");
+        assert!(fed_alike(&copy("decoder", FILES[1]), &dense).unwrap());
+        assert!(!fed_alike(&copy("embeddings", FILES[2]), &dense).unwrap());
+        assert!(!fed_alike(&copy("tower", FILES[3]), &dense).unwrap());
     }
 }

@@ -15,32 +15,18 @@ use crate::finetune::plan::{LOGIT_BYTES, Point, points, session_bytes};
 use crate::finetune::settings::Settings;
 use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
-use crate::runtime::{
-    Decoder, FeatureCache, Runtime, Session, SessionOptions, TensorValue, VlmSession, content_digest, headed,
-};
+use crate::runtime::{Decoder, FeatureCache, Runtime, Session, SessionOptions, TensorValue, VlmSession, headed};
 
 use super::batch::{StreamTarget, Targets, TrainingSet};
 use super::example::{Example, total_tokens};
 use super::frozen_part::{self, LazySession, RowStore, each_round};
 use super::rows::{RowDtype, RowsFile, RowsWriter};
-use super::same::same_computation;
+use super::same::{fed_alike, same_computation};
 use super::source::{Source, TrainingSample};
 
 /// Element types of the stored streams and answer distributions.
 const STREAMS: RowDtype = RowDtype::Bf16;
 const ANSWERS: RowDtype = RowDtype::F32;
-
-/// Components whose outputs the decoder reads.
-const FEEDING: &[Role] = &[Role::EmbedTokens, Role::VisionEncoder, Role::Projector, Role::TokenPruner];
-
-/// True when both decoders are fed by the same files: a step may have dropped layers of the vision encoder, or trained the
-/// connector.
-///
-/// Errors: `Error::Io` when a file cannot be read.
-fn fed_alike(a: &Bundle, b: &Bundle) -> Result<bool> {
-    let digest = |bundle: &Bundle| content_digest(bundle, FEEDING.iter().filter_map(|role| bundle.component(*role)));
-    Ok(digest(a)? == digest(b)?)
-}
 
 /// The dense model, and the correspondence of its layers to those of the pruned model.
 pub struct Teacher<'a> {
@@ -572,39 +558,5 @@ mod tests {
         for (found, want) in row.iter().zip(want) {
             assert!((f64::from(*found) - want).abs() < 1e-6, "{row:?}");
         }
-    }
-
-    #[test]
-    fn models_with_another_vision_encoder_are_fed_differently() {
-        let folder = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
-        let files = walk(&source);
-        let copy = |name: &str, changed: &str| {
-            for file in &files {
-                let to = folder.path().join(name).join(file);
-                std::fs::create_dir_all(to.parent().unwrap()).unwrap();
-                std::fs::copy(source.join(file), &to).unwrap();
-                if file.ends_with(changed) {
-                    let mut bytes = std::fs::read(&to).unwrap();
-                    *bytes.last_mut().unwrap() ^= 1;
-                    std::fs::write(&to, bytes).unwrap();
-                }
-            }
-            Bundle::open(&folder.path().join(name)).unwrap()
-        };
-        let dense = copy("dense", "none");
-        for (changed, alike) in [("onnx/decoder_model_merged.onnx_data", true), ("onnx/vision_encoder.onnx", false)] {
-            let other = copy(&changed.replace('/', "-"), changed);
-            assert_eq!(fed_alike(&other, &dense).unwrap(), alike, "{changed}");
-        }
-    }
-
-    /// The files of a folder and of the folders in it, relative to it.
-    fn walk(root: &Path) -> Vec<std::path::PathBuf> {
-        let entries = |folder: &Path| -> Vec<_> {
-            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
-        };
-        let all = entries(root).into_iter().flat_map(|path| if path.is_dir() { entries(&path) } else { vec![path] });
-        all.filter(|path| path.is_file()).map(|path| path.strip_prefix(root).unwrap().to_path_buf()).collect()
     }
 }
