@@ -3,8 +3,7 @@ angular
 samples=128 batch=1
 measure held-back dense "$model"
 measure held-back angular angular
-dense dense-all-64k 1e-4
-heal angular-64k angular plain-kd 3e-4
+dense dense-all-64k-42 1e-4
 batch=2 planned=(--plan angular.json --teacher "$model")
 train angular-64k-paper three angular --plan angular.json --recipe paper --learning-rate 1e-3
 # `fast` with its own budgets, and with fewer tokens for the fit and the steps.
@@ -15,4 +14,4 @@ for tokens in 4096 8192; do
 done
 train angular-64k-best three angular "${planned[@]}" --recipe best --learning-rate 5e-4
 for name in angular-64k-{paper,fast,fast-4096,fast-8192,best}; do measure held-back "$name" "$name"; done
-published dense-all-64k angular angular-64k-{paper,fast,best}
+published dense-all-64k-42 angular angular-64k-{paper,fast,best}

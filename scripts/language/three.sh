@@ -13,11 +13,6 @@ if [ "$network" = gemma3 ]; then
     published plain-kd-5e-5 dense-all
     heal plain-kd-1e-4 shortgpt plain-kd 1e-4 --epochs 1
     heal no-fit shortgpt no-fit 5e-5 --epochs 1
-    # On 32,768 tokens.
-    samples=64
-    dense dense-all-32k 2e-5
-    heal shortgpt-32k shortgpt plain-kd 5e-5 --epochs 1
-    published shortgpt-32k dense-all-32k
 else
     # The layers of `sleb` in smollm2.md.
     drop sleb --drop 3,5,14,16,17,18,25
@@ -33,10 +28,4 @@ else
     heal plain-kd shortgpt plain-kd 3e-4 --epochs 1
     heal plain-kd-alone shortgpt plain-kd-alone 3e-4 --epochs 1
     heal angular-plain-kd angular plain-kd 3e-4 --epochs 1
-    samples=128
-    heal angular-64k angular plain-kd 3e-4
-    dense dense-all-64k 1e-4
-    heal angular-64k-43 angular plain-kd 3e-4 --seed 43
-    dense dense-all-64k-43 1e-4 --seed 43
-    published {angular,dense-all}-64k{,-43}
 fi
