@@ -29,6 +29,7 @@ mod subset;
 mod template;
 mod tensors;
 mod text;
+mod token_budget;
 mod tokenizer;
 mod tsv;
 
@@ -56,4 +57,5 @@ pub use sample::{ImageBytes, MessagePart, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};
 pub use tensors::TensorRow;
+pub use token_budget::within_tokens;
 pub use tsv::{BenchRow, Benchmark};

@@ -3,7 +3,7 @@
 use crate::analysis;
 use crate::base::{Cancel, Device, Progress, Result};
 use crate::bundle::{Bundle, Role};
-use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
+use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut, within_tokens};
 use crate::onnx;
 use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 
@@ -74,21 +74,31 @@ impl<'a> Embedder<'a> {
         })
     }
 
-    /// The samples with these indices, of those that can be used the first with `most_tokens` tokens in all, at least one.
+    /// The first of these samples, in the order given, with at most `most_tokens` tokens in all, at least one. Samples that
+    /// cannot be used count as none.
+    ///
+    /// Errors: as `within_tokens`.
+    pub fn within_tokens(&self, drawn: &[usize], most_tokens: usize) -> Result<Vec<usize>> {
+        let most = most_tokens as u64;
+        let mut taken = within_tokens((self.dataset, &self.encoder), drawn, most, MAX_TOKENS as u64)?;
+        let tokens: u64 = taken.iter().map(|(_, length)| length).sum();
+        let used = taken.iter().filter(|(_, length)| *length > 0).count();
+        if tokens > most && used > 1 {
+            taken.pop();
+        }
+        Ok(taken.into_iter().map(|(index, _)| index).collect())
+    }
+
+    /// The samples with these indices that can be used.
     ///
     /// Errors: as `Intake::encoded`; `Error::Engine` when an encoder fails; `Error::Interrupted` on Ctrl-C.
-    pub fn embedded(&mut self, indices: &[usize], most_tokens: usize) -> Result<Vec<Conversation>> {
+    pub fn embedded(&mut self, indices: &[usize]) -> Result<Vec<Conversation>> {
         let mut conversations: Vec<Conversation> = Vec::new();
-        let mut tokens = 0;
         let progress = Progress::new("embed", "samples", indices.len() as u64);
         let encoder = &self.encoder;
         for encoded in self.intake.encoded(self.dataset, indices, |sample| encoder.conversation(sample))? {
             self.cancel.check("nothing is written")?;
             let encoded: Encoded = encoded?;
-            tokens += encoded.len();
-            if tokens > most_tokens && !conversations.is_empty() {
-                break;
-            }
             self.samples.push(encoded.id.clone());
             let answer_mask = encoded.answer_mask.clone();
             let embedded = self.model.embed(&encoded.into_prompt())?;

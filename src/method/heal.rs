@@ -123,10 +123,9 @@ impl HealMeter {
         let asked = dataset.draw(subset)?.len();
         let (measured, rest) = all.split_at(asked.min(all.len() / 2).max(1).min(all.len()));
         let mut embedder = Embedder::new(bundle, dataset, Switches::Mapped(how.of), device, cancel)?;
-        let conversations = embedder.embedded(measured, usize::MAX)?;
+        let conversations = embedder.embedded(measured)?;
         let samples = std::mem::take(&mut embedder.samples);
-        // A conversation has at least one token.
-        let for_fits = embedder.embedded(&rest[..rest.len().min(fit_tokens)], fit_tokens)?;
+        let for_fits = embedder.embedded(&embedder.within_tokens(rest, fit_tokens)?)?;
         let left_out = embedder.left_out.clone();
         let meter = Self::over(LossMeter::over(embedder.into_switched(), conversations)?, for_fits, (kind, rank))?;
         Ok(HealMeter { samples, left_out, ..meter })

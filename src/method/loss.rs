@@ -50,7 +50,7 @@ impl LossMeter {
     ) -> Result<(Self, Vec<Option<usize>>)> {
         let indices = dataset.draw(subset)?;
         let mut embedder = Embedder::new(bundle, dataset, switches, device, cancel)?;
-        let conversations = embedder.embedded(&indices, usize::MAX)?;
+        let conversations = embedder.embedded(&indices)?;
         let (samples, left_out) = (std::mem::take(&mut embedder.samples), embedder.left_out.clone());
         let mlps = std::mem::take(&mut embedder.mlps);
         let meter = Self::over(embedder.into_switched(), conversations)?;

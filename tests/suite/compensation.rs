@@ -96,3 +96,45 @@ fn compensation_is_refused_where_nothing_can_take_it() {
         assert!(!here.join("out").exists());
     }
 }
+
+/// Rows of one kind are often neighbours in a file: a fit on fewer tokens than there are reads a draw of them, and not the
+/// first rows.
+#[test]
+fn a_fit_on_some_tokens_does_not_depend_on_the_order_of_the_rows() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let mut rows: Vec<String> = (0..60)
+        .map(|number| {
+            let (question, answer) = if number < 30 { ("How many circles", "one") } else { ("Which colour", "red") };
+            serde_json::json!({
+                "id": format!("row-{number}"),
+                "messages": [
+                    {"role": "user", "content": format!("{question} are in picture {number}?")},
+                    {"role": "assistant", "content": answer},
+                ],
+            })
+            .to_string()
+        })
+        .collect();
+    let fit = |name: &str, rows: &[String]| {
+        fs::write(here.join(name), rows.join("\n")).expect("rows");
+        let prune = ["prune", &model, "--drop", "1,5,9,13", "--compensate", "linear", "--samples", "8"];
+        let how = ["--fit-tokens", "300", "--data", name, "-o", &format!("{name}.pruned"), "--json"];
+        let output = interlace(here, &[&prune[..], &how].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        report["compensation"].clone()
+    };
+    let forward = fit("forward.jsonl", &rows);
+    rows.reverse();
+    let backward = fit("backward.jsonl", &rows);
+    assert!(!forward["layers"].as_array().expect("layers").is_empty(), "no map lowers the loss: {forward}");
+    assert_eq!((&forward["layers"], &forward["fit_tokens"]), (&backward["layers"], &backward["fit_tokens"]));
+    let losses =
+        |report: &serde_json::Value| ["loss_before", "loss_after"].map(|name| report[name].as_f64().expect("a loss"));
+    let (forward, backward) = (losses(&forward), losses(&backward));
+    for (a, b) in forward.iter().zip(&backward) {
+        assert!((a - b).abs() <= 1e-4 * a.abs(), "{forward:?}, {backward:?}");
+    }
+}

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Role, Tower};
-use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
+use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset, within_tokens};
 use crate::finetune::{
     Conversations, Limits, LoraLayers, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work,
     interrupted_at, plan_run, remove_cache_only_folder,
@@ -102,36 +102,14 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
 }
 
-/// Samples that are read together when their tokens are counted.
-const COUNTED_TOGETHER: usize = 64;
-
 /// The samples that are trained on: those of the draw, as far as the budget of tokens goes.
 fn drawn(request: &Finetune, dataset: &Dataset, encoder: &Encoder) -> Result<Vec<usize>> {
     let crate::finetune::DataSettings { share, step_tokens, max_tokens, .. } = request.settings.data;
     let mut indices = dataset.draw(request.subset)?;
     indices.truncate((share * indices.len() as f64).ceil() as usize);
     let Some(budget) = step_tokens else { return Ok(indices) };
-    let (mut tokens, mut count) = (0, 0);
-    for chunk in indices.chunks(COUNTED_TOGETHER) {
-        // They are read in the order of the file and counted in that of the draw.
-        let mut lengths = BTreeMap::new();
-        for sample in dataset.read(chunk)? {
-            // What cannot be read, or is too long, is left out and counted later on.
-            let Ok(sample) = sample else { continue };
-            let Ok(encoded) = encoder.conversation(&sample) else { continue };
-            let length = encoded.into_prompt().input_ids.len() as u64;
-            lengths.insert(sample.index, if length > u64::from(max_tokens) { 0 } else { length });
-        }
-        for index in chunk {
-            if tokens >= budget {
-                indices.truncate(count);
-                return Ok(indices);
-            }
-            tokens += lengths.get(index).copied().unwrap_or(0);
-            count += 1;
-        }
-    }
-    Ok(indices)
+    let taken = within_tokens((dataset, encoder), &indices, budget, u64::from(max_tokens))?;
+    Ok(taken.into_iter().map(|(index, _)| index).collect())
 }
 
 fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, data: &'a Conversations) -> Request<'a> {
