@@ -298,6 +298,30 @@ fn a_verb_downloads_the_files_that_it_needs_once_and_records_the_commit() {
 }
 
 #[test]
+fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
+    let folder = tempfile::tempdir().expect("folder");
+    super::variants::model(folder.path());
+    let mut files = model();
+    let q4 = "onnx/decoder_model_merged_q4.onnx";
+    files.insert(q4.into(), fs::read(folder.path().join("model").join(q4)).expect("a decoder"));
+    let hub = Hub::start(files, Conduct::default());
+    let named = ["hf:org/tiny", "--variant", "decoder=q4"];
+    for (arguments, status) in [
+        (&["inspect"][..], 0),
+        (&["plan", "--drop", "2,5", "-o", "plan.json"], 0),
+        (&["prune", "--drop", "2,5", "-o", "pruned"], 0),
+        // The model is opened before its checkpoint.
+        (&["graft", "--base", "nothing", "--tuned", "nothing", "--dry-run"], 2),
+    ] {
+        let home = tempfile::tempdir().expect("folder");
+        let output = run(home.path(), &hub.address, &[], &[arguments, &named].concat());
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}", stderr(&output));
+        let asked: Vec<String> = hub.asked().into_iter().filter(|path| path.contains("decoder_model_merged")).collect();
+        assert!(asked.len() == 1 && asked[0].ends_with(q4), "{arguments:?}: {asked:?}");
+    }
+}
+
+#[test]
 fn a_pruned_model_names_the_commit_that_it_is_from_and_no_output_lands_in_the_cache() {
     let home = tempfile::tempdir().expect("folder");
     let hub = Hub::start(model(), Conduct::default());
