@@ -79,8 +79,8 @@ pub struct Bundle {
     assets: Vec<Asset>,
     left_out: Vec<String>,
     config: Option<ModelConfig>,
-    /// The file that verbs run for a role, where a variant was chosen.
-    chosen: BTreeMap<Role, String>,
+    /// Variants that were not chosen, where any were.
+    unchosen: Vec<Component>,
     chosen_name: Option<String>,
 }
 
@@ -115,7 +115,7 @@ impl Bundle {
             assets: Vec::new(),
             left_out: Vec::new(),
             config: None,
-            chosen: BTreeMap::new(),
+            unchosen: Vec::new(),
             chosen_name: None,
         })
     }
@@ -157,8 +157,8 @@ impl Bundle {
         }
         let left_out = listing.left_out;
         let root = root.to_path_buf();
-        let (chosen, chosen_name) = (BTreeMap::new(), None);
-        let mut bundle = Bundle { root, layout, components, assets, left_out, config: None, chosen, chosen_name };
+        let (unchosen, chosen_name) = (Vec::new(), None);
+        let mut bundle = Bundle { root, layout, components, assets, left_out, config: None, unchosen, chosen_name };
         bundle.config = ModelConfig::read(&bundle)?;
         Ok(bundle)
     }
@@ -183,7 +183,7 @@ impl Bundle {
         self.layout
     }
 
-    /// Every ONNX file, ordered by role, then by path.
+    /// Every ONNX file, ordered by role, then by path; without the variants that were not chosen, where [`ModelSource`] chose.
     pub fn components(&self) -> &[Component] {
         &self.components
     }
@@ -201,7 +201,8 @@ impl Bundle {
         graphs.map(|component| component.file.as_str()).chain(files.map(|asset| asset.file.as_str()))
     }
 
-    /// Folders without a part of the model (version control, download caches), which are not copied.
+    /// What is not copied: folders without a part of the model (version control, download caches), and variants that were
+    /// not chosen.
     pub fn left_out(&self) -> &[String] {
         &self.left_out
     }
@@ -236,10 +237,7 @@ impl Bundle {
 
     /// The component of a role, in the variant that [`ModelSource`] chose or else the most precise one.
     pub fn component(&self, role: Role) -> Option<&Component> {
-        match self.chosen.get(&role) {
-            Some(file) => self.components.iter().find(|component| component.file == *file),
-            None => self.variants(role).next(),
-        }
+        self.variants(role).next()
     }
 
     /// The variants that were chosen, as `--variant` names them; `None` for the most precise ones.
@@ -305,11 +303,12 @@ impl Bundle {
     }
 
     /// SHA-256 of each file on which the computation depends, by path. Documentation and
-    /// interlace's own record are left out.
+    /// interlace's own record are left out. A choice of variants changes nothing, so that digests of one folder agree.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {
-        let parts = self.components.iter().flat_map(|c| std::iter::once(&c.file).chain(&c.external));
+        let components = self.components.iter().chain(&self.unchosen);
+        let parts = components.flat_map(|c| std::iter::once(&c.file).chain(&c.external));
         let assets = self
             .assets
             .iter()

@@ -121,7 +121,8 @@ pub struct Record {
     /// Files beside the model that say nothing of the network and were written as they were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub carried: Vec<String>,
-    /// Folders beside the model that hold nothing of it (version control, download caches) and were not written.
+    /// What was not written: folders beside the model that hold nothing of it (version control, download caches), and variants
+    /// that `--variant` did not name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
 }

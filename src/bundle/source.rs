@@ -1,6 +1,6 @@
 //! A model that a verb works on: its path, and the precision variants that it runs.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -81,20 +81,26 @@ impl fmt::Display for ModelSource {
 }
 
 impl Bundle {
-    /// Makes [`Bundle::component`] give the chosen variants.
+    /// Leaves the chosen variants alone, so that the folder is as one on the hub of which nothing else was downloaded. A choice of
+    /// nothing leaves all of them.
     fn choose(&mut self, variants: &Variants) -> Result<()> {
+        if variants.is_empty() {
+            return Ok(());
+        }
         for role in variants.roles.keys() {
             self.require(*role)?;
         }
-        let mut chosen = BTreeMap::new();
+        let mut others = BTreeSet::new();
         for &role in ROLES {
             let found: Vec<&Component> = self.variants(role).collect();
-            if let Some(component) = variants.choose(&found)? {
-                chosen.insert(role, component.file.clone());
-            }
+            let chosen = variants.choose(&found)?.map(|component| &component.file);
+            others.extend(
+                found.into_iter().map(|component| &component.file).filter(|file| Some(*file) != chosen).cloned(),
+            );
         }
-        self.chosen = chosen;
-        self.chosen_name = (!variants.is_empty()).then(|| variants.to_string());
+        self.unchosen = self.components.extract_if(.., |component| others.contains(&component.file)).collect();
+        self.left_out.extend(others);
+        self.chosen_name = Some(variants.to_string());
         Ok(())
     }
 }

@@ -265,7 +265,9 @@ impl<'a> BundleWriter<'a> {
     /// Errors: as `Bundle::record`.
     pub fn record(&self, provenance: Provenance) -> Result<Record> {
         Ok(Record {
-            provenance: provenance.with_hub("model", self.bundle.hub_name()),
+            provenance: provenance
+                .with_hub("model", self.bundle.hub_name())
+                .with_variants("model", self.bundle.chosen_variants()),
             history: self.history()?,
             carried: self.bundle.carried().map(str::to_string).collect(),
             left_out: self.bundle.left_out().to_vec(),

@@ -8,11 +8,12 @@ use crate::method::{MODALITIES, ModalityWeights, check_weights};
 
 use super::context::Context;
 
-/// The precision variants of MODEL that a verb runs.
+/// The precision variants of MODEL that a verb works on.
 #[derive(clap::Args, Clone, Debug)]
 pub struct VariantArgs {
-    /// Run this precision variant of every component, such as fp16 or q4, or one for each that is named, as in
-    /// decoder=q4,vision_encoder=fp16; fp32 are the files without a suffix [default: the most precise ones]
+    /// Take this precision variant of every component, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16, and leave out the others; fp32 are the files without a suffix [default: verbs that run the
+    /// model take the most precise ones, verbs that write it take all of a folder and the most precise ones from the hub]
     #[arg(long, value_name = "VARIANT")]
     variant: Option<Variants>,
 }

@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, Tuned, checkpoint_on_disk};
 use crate::graft::GraftTable;
 use crate::pipeline::steps::{Graft, graft, plan_graft};
 
-use super::args::model;
+use super::args::VariantArgs;
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 
@@ -18,6 +18,8 @@ use super::output::{Output, table};
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Checkpoint that the graphs were exported from: a folder with safetensors, one .safetensors file, or
     /// hf:OWNER/NAME[@REVISION]
     #[arg(long, value_name = "CHECKPOINT")]
@@ -37,7 +39,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = model(&args.model, context)?.open()?;
+    let bundle = args.variant.source(&args.model, context)?.open()?;
     let base = Checkpoint::open(&checkpoint_on_disk(&args.base, &context.cancel)?)?;
     let tuned = Tuned::open(&checkpoint_on_disk(&args.tuned, &context.cancel)?, &base)?;
     let request = Graft { bundle: &bundle, base: &base, tuned: &tuned, leave_out: &args.leave_out };

@@ -9,7 +9,7 @@ use crate::base::{human_bytes, human_count};
 use crate::bundle::SINGLE_FILE;
 use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
-use super::args;
+use super::args::VariantArgs;
 use super::context::{Context, Outcome};
 use super::output::table;
 
@@ -19,10 +19,12 @@ use super::output::table;
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let model = args::model(&args.model, context)?;
+    let model = args.variant.source(&args.model, context)?;
     let bundle = model.open()?;
     let found = steps::inspect(&bundle)?;
     let output = &context.output;

@@ -7,7 +7,7 @@ use crate::method::select::{DEFAULT_STRATEGY, Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
-use super::args::{LayerList, ModalityWeightsArg, amount, model, positive};
+use super::args::{LayerList, ModalityWeightsArg, VariantArgs, amount, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::Output;
@@ -25,6 +25,8 @@ const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params"
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Read the scores that `interlace score` wrote for this model
     #[arg(long, value_name = "FILE")]
     scores: Option<PathBuf>,
@@ -107,7 +109,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if matches!(how_many, HowMany::Drop(_)) != (strategy == "explicit") {
         anyhow::bail!("--drop requires the strategy `explicit`, found `{strategy}`; leave one of the two flags out");
     }
-    let bundle = model(&args.model, context)?.open()?;
+    let bundle = args.variant.source(&args.model, context)?.open()?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;

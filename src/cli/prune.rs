@@ -10,7 +10,7 @@ use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
 use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
 
-use super::args::{LayerList, model, part, positive};
+use super::args::{LayerList, VariantArgs, part, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{Output, table};
@@ -24,6 +24,8 @@ use super::output::{Output, table};
 pub struct Args {
     /// Model folder, one .onnx decoder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Drop the layers of this plan, which `interlace plan` wrote for the model
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -96,7 +98,7 @@ enum DeepstackRule {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let bundle = model(&args.model, context)?.open()?;
+    let bundle = args.variant.source(&args.model, context)?.open()?;
     if let Some(keep) = args.keep_image_tokens {
         let kept = steps::keep_image_tokens(&bundle, keep, &args.output)?;
         match (context.output.json, kept.pruner) {

@@ -23,12 +23,13 @@ pub struct Args {
     /// file of any kind [default: made-up inputs]
     #[arg(long, value_name = "FILE")]
     inputs: Option<PathBuf>,
-    /// Fail for an initializer above this size, such as 1GB, the largest buffer of the device to run on
+    /// Fail for an initializer above this size, such as 1GB, the largest buffer of the device to run on, and for what a graph
+    /// computes at any length of the prompt; prints the longest prompt that fits
     /// [default: unlimited]
     #[arg(long, value_name = "SIZE", value_parser = amount, conflicts_with = "inputs")]
     max_buffer: Option<u64>,
-    /// Check that WebGPU can run the graphs: no initializer above --max-buffer [default with --webgpu: 1GB], and positions that
-    /// ONNX Runtime Web does not read too early
+    /// Check that WebGPU can run the graphs: nothing above --max-buffer [default with --webgpu: 1GB], no bfloat16, and
+    /// positions that ONNX Runtime Web does not read too early
     #[arg(long, conflicts_with = "inputs")]
     webgpu: bool,
     /// Compute on this device: cpu, cuda or cuda:N

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
+use crate::bundle::Bundle;
 use crate::ir::{self, DataType, Model};
 use crate::runtime::{Decoder, Embedded, InputKind, Session, Step, TensorValue, TokenTypes};
 use crate::torch;
@@ -15,23 +16,29 @@ pub const PROMPT_TOKENS: usize = 8;
 /// Image tokens of the test prompt, for decoders that read data of image tokens.
 pub const IMAGE_TOKENS: std::ops::Range<usize> = 2..5;
 
+/// What the model's token types stand for.
+pub(super) fn token_types_of(bundle: &Bundle) -> TokenTypes {
+    bundle.config().map(TokenTypes::of).unwrap_or_default()
+}
+
 /// A synthetic prompt in the form of decoder inputs.
 #[derive(Clone)]
 pub struct Probe(pub Embedded);
 
 impl Probe {
-    /// The prompt, [`PROMPT_TOKENS`] long. If the decoder reads DeepStack features or a mask of image tokens, some of
+    /// The prompt, [`PROMPT_TOKENS`] long or longer. If the decoder reads DeepStack features or a mask of image tokens, some of
     /// the tokens are image tokens with synthetic features.
     pub fn new(mut embedded: Embedded, decoder: &Decoder, token_types: TokenTypes) -> Self {
         let levels = decoder.deepstack_levels();
         if levels.is_some() || decoder.takes(InputKind::ImageMask) || decoder.takes(InputKind::TokenTypes) {
+            let tokens = embedded.len();
             let side = &mut embedded.side;
-            side.image = (0..PROMPT_TOKENS).map(|token| IMAGE_TOKENS.contains(&token)).collect();
+            side.image = (0..tokens).map(|token| IMAGE_TOKENS.contains(&token)).collect();
             side.types = match token_types {
                 TokenTypes::Image => side.image.iter().map(|&image| i64::from(image)).collect(),
                 // The last token, which is also decoded alone, belongs to the answer; the tokens before it attend in
                 // both directions.
-                TokenTypes::Answer => (0..PROMPT_TOKENS).map(|token| i64::from(token + 1 == PROMPT_TOKENS)).collect(),
+                TokenTypes::Answer => (0..tokens).map(|token| i64::from(token + 1 == tokens)).collect(),
             };
             let (count, width) = levels.unwrap_or((0, 0));
             side.deepstack = noise(count * IMAGE_TOKENS.len() * width)

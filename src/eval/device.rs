@@ -1,12 +1,13 @@
 //! Whether a device with a largest buffer, such as WebGPU's, can run a graph.
 
-use crate::base::{Result, human_bytes};
+use crate::base::{Result, human_bytes, list_preview};
 use crate::bundle::{Bundle, Component};
-use crate::ir::{Model, WEBGPU_BUFFER_BYTES, large_constants};
+use crate::ir::{DataType, Model, WEBGPU_BUFFER_BYTES, large_constants, of_type};
 use crate::onnx;
 use crate::rewrite::casts_wide_positions;
-use crate::runtime::Port;
+use crate::runtime::Runtime;
 
+use super::activations::activations;
 use super::checks::{CheckStatus, Checks};
 
 /// What every WebGPU device binds to a shader: `maxStorageBufferBindingSize` of the specification.
@@ -32,12 +33,21 @@ impl DeviceLimits {
 /// Checks a graph against a device.
 ///
 /// Errors: as `onnx::load`.
-pub(super) fn device(bundle: &Bundle, part: &Component, limits: DeviceLimits, checks: &mut Checks) -> Result<()> {
+pub(super) fn device(
+    bundle: &Bundle,
+    part: &Component,
+    limits: DeviceLimits,
+    runtime: &Runtime,
+    checks: &mut Checks,
+) -> Result<()> {
     let model = onnx::load(&bundle.path_of(part))?;
     buffers(part, &model, limits, checks);
+    activations(bundle, part, limits.max_buffer, runtime, checks);
+    if limits.webgpu {
+        types(part, &model, checks);
+    }
     if limits.webgpu && part.role.is_decoder() {
         positions(part, &model, checks);
-        logits(part, &model, limits.max_buffer, checks);
     }
     Ok(())
 }
@@ -79,12 +89,18 @@ fn positions(part: &Component, model: &Model, checks: &mut Checks) {
     checks.add("webgpu positions", &part.file, status, detail.to_string());
 }
 
-/// The largest prompt whose logits fit into a buffer.
-fn logits(part: &Component, model: &Model, limit: u64, checks: &mut Checks) {
-    let graph = &model.graph;
-    let Some(port) = graph.output("logits").and_then(|id| Port::of_value(graph, id)) else { return };
-    let Some(width) = port.width() else { return };
-    let row = port.dtype.byte_len(width as u64).unwrap_or(4 * width as u64);
-    let detail = format!("logits of a prompt of {} tokens fill {}", limit / row.max(1), human_bytes(limit));
-    checks.add("webgpu logits", &part.file, CheckStatus::Passed, detail);
+/// Nothing is in bfloat16, which WebGPU's shaders lack.
+fn types(part: &Component, model: &Model, checks: &mut Checks) {
+    let half = of_type(model, DataType::Bfloat16);
+    let (status, detail) = match half.is_empty() {
+        true => (CheckStatus::Passed, "nothing is in bfloat16".to_string()),
+        false => {
+            let detail = format!(
+                "WebGPU has no bfloat16: {}; `export --precision` writes other variants of the float model",
+                list_preview(&half, 6)
+            );
+            (CheckStatus::Failed, detail)
+        }
+    };
+    checks.add("webgpu types", &part.file, status, detail);
 }

@@ -1,5 +1,6 @@
 //! Benchmarks, perplexity, retention against a baseline, speed, and verification of a model's files.
 
+mod activations;
 mod agreement;
 mod bench;
 mod chat;
@@ -11,6 +12,7 @@ mod judge;
 mod metrics;
 mod mia;
 mod perplexity;
+mod pixels;
 mod probe;
 mod prompt;
 mod quantised;

@@ -3,30 +3,29 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::base::{
     Cancel, Error, Progress, Provenance, Result, Sha256Digest, human_bytes, sha256_file, sha256_large_file,
 };
 use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
-use crate::data::{ImageSettings, Processor};
+use crate::data::ImageSettings;
 use crate::ir::{self, Model};
-use crate::prompt::ImageArrays;
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, TensorValue, TokenEmbedding,
-    TokenTypes, TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
+    TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check, tract_run,
 };
 use crate::{onnx, torch};
 
 use super::agreement::{
     IMAGE_TOKENS, PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, largest_difference,
-    rounding_once, rounding_step, worse,
+    rounding_once, rounding_step, token_types_of, worse,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
 use super::device::{DeviceLimits, device};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name};
-use super::probe::{noise, noise_picture, noise_text, picture_prompt, token_ids};
+use super::pixels::{noise_or_own_picture, pixel_feeds};
+use super::probe::{noise, noise_text, picture_prompt, token_ids};
 use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
@@ -66,7 +65,7 @@ pub fn verify(
             checks.error("graph", &part.file, &error);
         }
         if let Some(limits) = limits {
-            device(&bundle, part, limits, &mut checks)?;
+            device(&bundle, part, limits, runtime, &mut checks)?;
         }
         progress.advance(1);
     }
@@ -240,33 +239,6 @@ fn connector_feeds(
     feeds.transpose()
 }
 
-/// The vision encoder's inputs for a picture: from the model's own processor if possible, otherwise synthetic.
-///
-/// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
-fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, TensorValue)>)> {
-    let encoder = VisionEncoder::new(session, Sha256Digest::new(), FeatureCache::new(0))?;
-    let picture = noise_or_own_picture(bundle, &encoder)?;
-    let feeds = encoder.feeds(&[&picture])?;
-    Ok((encoder.into_session(), feeds))
-}
-
-/// A synthetic picture that fits the encoder, or else one from the model's own processor.
-///
-/// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
-fn noise_or_own_picture(bundle: &Bundle, encoder: &VisionEncoder) -> Result<Arc<ImageArrays>> {
-    let made = noise_picture(encoder.session().subject(), encoder.inputs());
-    match made.and_then(|made| encoder.feeds(&[&made]).map(|_| made)) {
-        Ok(made) => Ok(Arc::new(made)),
-        Err(error) => {
-            let own = Processor::open(bundle).and_then(|processor| picture_prompt(&processor));
-            match own.as_ref().map(|prompt| prompt.pictures.first()) {
-                Ok(Some(picture)) => Ok(Arc::clone(picture)),
-                _ => Err(error),
-            }
-        }
-    }
-}
-
 /// A synthetic prompt for a token embedding; it contains a picture if the graph merges features.
 fn embedding_prompt(bundle: &Bundle, embedding: &TokenEmbedding) -> Embedded {
     let config = bundle.config();
@@ -326,8 +298,7 @@ fn decoder_checks(
         }
         None => (noise_text(&decoder, &ids, 0)?, decoder),
     };
-    let token_types = bundle.config().map(TokenTypes::of).unwrap_or_default();
-    let probe = Probe::new(text, &decoder, token_types);
+    let probe = Probe::new(text, &decoder, token_types_of(bundle));
 
     let with_cache = !decoder.slots().is_empty();
     let step = probe.step(with_cache)?;

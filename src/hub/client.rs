@@ -2,8 +2,8 @@
 //!
 //! Source: `huggingface_hub`'s `HfApi.model_info` and `hf_hub_download`, which ask the same addresses.
 
-use std::io::Read;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::io::{self, Read};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,6 +73,56 @@ fn awaited<T: Send + 'static>(
         }
         if begun.elapsed() > limit {
             return Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64())));
+        }
+    }
+}
+
+/// Bytes that are read at a time.
+const PIECE: usize = 256 << 10;
+/// Pieces that wait to be taken.
+const WAITING: usize = 4;
+
+/// The content of an answer as it arrives. A thread reads it, which is left behind when the user asks to stop while the server is
+/// silent.
+pub(super) struct Incoming(Receiver<io::Result<Vec<u8>>>);
+
+impl Incoming {
+    /// Begins to read.
+    pub fn of(response: Response<Body>) -> Self {
+        let (taken, pieces) = sync_channel(WAITING);
+        thread::spawn(move || {
+            let mut reader = response.into_body().into_reader();
+            loop {
+                let mut piece = vec![0; PIECE];
+                let read = match reader.read(&mut piece) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    read => read,
+                };
+                let ends = !matches!(read, Ok(1..));
+                let read = read.map(|count| {
+                    piece.truncate(count);
+                    piece
+                });
+                // Nobody takes pieces any more once the download is over.
+                if taken.send(read).is_err() || ends {
+                    return;
+                }
+            }
+        });
+        Incoming(pieces)
+    }
+
+    /// The next bytes; none at the end.
+    ///
+    /// Errors: `Failure::Passing` when the connection fails or is silent for too long; `Failure::Final` for `Error::Interrupted`.
+    pub fn next(&self, cancel: &Cancel) -> Result<Vec<u8>, Failure> {
+        loop {
+            cancel.check(KEPT)?;
+            match self.0.recv_timeout(Duration::from_millis(50)) {
+                Ok(piece) => return piece.map_err(|error| Failure::Passing(error.to_string())),
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Passing("the reader failed".to_string())),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
         }
     }
 }

@@ -13,13 +13,13 @@ use ureq::{Body, http};
 
 use crate::base::{Cancel, Error, Progress, Result};
 
-use super::client::{ATTEMPTS, Client, Failure};
+use super::client::{ATTEMPTS, Client, Failure, Incoming};
 use super::name::HubName;
 use super::tree::HubFile;
 
 /// What is kept of a download that was stopped.
 pub(super) const KEPT: &str = "what was downloaded is kept in the hub's cache, and the same command continues it";
-/// Bytes that are read at a time.
+/// Bytes of an earlier download that are read at a time.
 const PIECE: usize = 256 << 10;
 
 /// The digest that is a file's name in the cache.
@@ -107,7 +107,7 @@ struct Part {
 
 impl Part {
     /// Opens what an earlier download left, or a new file.
-    fn open(path: PathBuf, of: &HubFile) -> Result<Self> {
+    fn open(path: PathBuf, of: &HubFile, cancel: &Cancel) -> Result<Self> {
         let failed = |e| Error::io("open", &path, e);
         let mut file =
             OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path).map_err(failed)?;
@@ -115,6 +115,7 @@ impl Part {
         let mut length = 0;
         let mut buffer = vec![0; PIECE];
         loop {
+            cancel.check(KEPT)?;
             match file.read(&mut buffer).map_err(failed)? {
                 0 => break,
                 count => digest.update(&buffer[..count]),
@@ -161,7 +162,7 @@ impl Download<'_> {
             self.progress.advance(self.file.size);
             return Ok(());
         }
-        let mut part = Part::open(part_of(&self.blob), self.file)?;
+        let mut part = Part::open(part_of(&self.blob), self.file, self.cancel)?;
         self.progress.advance(part.length);
         // Attempts count from the last one that came further than all before it.
         let (mut failures, mut furthest, mut problem) = (0, part.length, String::new());
@@ -190,25 +191,21 @@ impl Download<'_> {
 
     /// Receives the rest of the file, or a part of it.
     fn receive(&self, part: &mut Part) -> Result<(), Failure> {
-        let mut response = self.client.file(self.name, self.commit, &self.file.path, part.length, self.cancel)?;
+        let response = self.client.file(self.name, self.commit, &self.file.path, part.length, self.cancel)?;
         self.place(part, &response)?;
-        let mut reader = response.body_mut().as_reader();
-        let mut buffer = vec![0; PIECE];
+        let incoming = Incoming::of(response);
         loop {
-            self.cancel.check(KEPT)?;
-            let count = match reader.read(&mut buffer) {
-                Ok(0) => return Ok(()),
-                Ok(count) => count,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(Failure::Passing(error.to_string())),
-            };
-            if part.length + count as u64 > self.file.size {
+            let piece = incoming.next(self.cancel)?;
+            if piece.is_empty() {
+                return Ok(());
+            }
+            if part.length + piece.len() as u64 > self.file.size {
                 part.restart(self.file)?;
                 drop(fs::remove_file(&part.path));
                 return Err(self.wrong(format!("is longer than its {} bytes", self.file.size)).into());
             }
-            part.append(&buffer[..count])?;
-            self.progress.advance(count as u64);
+            part.append(&piece)?;
+            self.progress.advance(piece.len() as u64);
         }
     }
 

@@ -9,6 +9,7 @@ mod index;
 mod large;
 mod names;
 mod tensor;
+mod typed;
 mod types;
 
 pub use attribute::{Attribute, AttributeKind};
@@ -17,6 +18,7 @@ pub use index::{GraphIndex, Producer, Use, captured};
 pub use large::{WEBGPU_BUFFER_BYTES, large_constants};
 pub use names::FreshNames;
 pub use tensor::{Bytes, Tensor, TensorData};
+pub use typed::of_type;
 pub use types::{DataType, Dim, Opaque, ValueId, ValueType};
 
 use std::collections::BTreeMap;

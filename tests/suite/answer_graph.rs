@@ -11,6 +11,7 @@ use interlace::runtime::{FeatureCache, Port, Runtime, Session, SessionOptions, S
 use ndarray::{ArrayD, Axis, IxDyn};
 
 use super::cli::{interlace, stderr};
+use super::exports::check_sizes_of_outputs;
 use super::families::{Family, sample};
 
 const TOKENS: i64 = 8;
@@ -176,6 +177,7 @@ fn the_ensemble_computes_a_prompt_as_the_components_do() {
     ] {
         let family = Family::open(archive, name);
         family.run(&["export", name, "--to", "triton", "-o", "out", "-q"]);
+        check_sizes_of_outputs(&family.here().join("out"));
         let steps = std::fs::read_to_string(family.here().join("out/prefill/config.pbtxt")).expect("an ensemble");
         assert!(family.here().join("out/generate_stream/1/model.py").is_file(), "{name}");
         let bundle = Bundle::open(&family.here().join(name)).expect("a model folder");

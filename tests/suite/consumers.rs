@@ -107,8 +107,11 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     assert!(report.passed, "{:#?}", report.checks);
     assert_eq!(of(&report, "webgpu positions")[0].status, CheckStatus::Passed);
     assert!(of(&report, "buffers").iter().all(|check| check.detail.contains("every WebGPU device")));
-    // 4 bytes for each of 839 tokens of the vocabulary.
-    assert!(of(&report, "webgpu logits")[0].detail.contains("prompt of 297973 tokens"), "{report:#?}");
+    // The scores of 4 heads take 4 x 4 bytes for each pair of tokens.
+    let [vision, decoder] = &of(&report, "buffers of activations")[..] else { panic!("{report:#?}") };
+    assert!(decoder.detail.contains("a prompt of 7905 tokens fit into 1.00 GB"), "{decoder:?}");
+    // The first product of an MLP gives 384 numbers of 4 bytes for each of 64 patches.
+    assert!(vision.detail.contains("[1, 1, 3, 64, 64]") && vision.detail.contains("98.3 kB"), "{vision:?}");
 
     // The largest weight has more bytes than this buffer.
     const LIMIT: u64 = 100_000;
@@ -119,6 +122,11 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     export(&bundle, target_named("webgpu").expect("a target"), &settings, &small).expect("export");
     let report = on_webgpu(&small, Some(LIMIT));
     assert!(report.passed, "{:#?}", report.checks);
+    // 4 bytes for each of 839 tokens of the vocabulary.
+    let decoder = &of(&report, "buffers of activations")[1].detail;
+    assert!(decoder.contains("a prompt of 29 tokens fit") && decoder.contains("`logits`"), "{decoder}");
+    let vision = &of(&on_webgpu(&small, Some(98_303)), "buffers of activations")[0];
+    assert!(vision.status == CheckStatus::Failed && vision.detail.contains("gelu"), "{vision:?}");
 }
 
 /// The shipped model's decoder, changed, in a folder of its own.
@@ -187,6 +195,11 @@ fn graphs_that_webgpu_computes_wrongly_or_not_at_all_are_refused() {
             "{error}"
         );
         assert!(!out.exists());
+        let report = on_webgpu(&source, None);
+        let failed: Vec<&Check> = report.checks.iter().filter(|check| check.status == CheckStatus::Failed).collect();
+        let half =
+            failed.iter().any(|check| check.name == "webgpu types" && check.detail.contains("initializer `narrow`"));
+        assert_eq!(half, why == "bfloat16", "{failed:#?}");
     }
 }
 

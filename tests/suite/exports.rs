@@ -543,6 +543,32 @@ fn models_that_genai_does_not_take_are_refused_with_the_reason() {
     }
 }
 
+/// Triton's ONNX Runtime back end refuses an output whose sizes in the configuration are not those of the loaded graph.
+pub fn check_sizes_of_outputs(repository: &Path) {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let mut checked = 0;
+    for entry in std::fs::read_dir(repository).expect("a repository") {
+        let folder = entry.expect("an entry").path();
+        let graph = folder.join("1/model.onnx");
+        if !graph.is_file() {
+            continue;
+        }
+        let config = std::fs::read_to_string(folder.join("config.pbtxt")).expect("config");
+        let batch = if config.contains("max_batch_size") { "-1, " } else { "" };
+        let (_, outputs) = config.split_once("\noutput: [").expect("outputs");
+        for port in runtime.session(&graph, &SessionOptions::default()).expect("a session").outputs() {
+            let (_, own) = outputs.split_once(&format!("name: \"{}\"", port.name)).expect("the output");
+            let (_, dims) = own.split_once("dims: [").expect("sizes");
+            let configured = format!("{batch}{}", dims.split_once(']').expect("an end").0);
+            let found = port.shape.iter().map(|dim| if let Dim::Known(size) = dim { *size } else { -1 }.to_string());
+            let found = found.collect::<Vec<_>>().join(", ");
+            assert_eq!(configured, found, "{}: output {}", folder.display(), port.name);
+            checked += 1;
+        }
+    }
+    assert!(checked > 3, "{checked} outputs");
+}
+
 #[test]
 fn a_triton_repository_answers_whole_requests() {
     let folder = tempfile::tempdir().expect("folder");
@@ -552,6 +578,7 @@ fn a_triton_repository_answers_whole_requests() {
     let out = folder.path().join("out");
     let written = to("triton", &model, &settings, &out).expect("export");
     assert!(written.models.contains_key("generate") && written.models.contains_key("merge_embeddings"));
+    check_sizes_of_outputs(&out);
     let config = |name: &str| std::fs::read_to_string(out.join(name).join("config.pbtxt")).expect("config");
     let prefill = config("prefill");
     assert!(prefill.contains("platform: \"ensemble\"") && out.join("prefill/1").is_dir(), "{prefill}");

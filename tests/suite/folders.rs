@@ -126,7 +126,7 @@ fn an_unreadable_variant_is_skipped_with_a_warning() {
     let message = stderr(&interlace(root.path(), &plan));
     assert!(message.contains("`finetune` takes the float decoder `model.onnx` alone"), "{message}");
     let again = interlace(root.path(), &["prune", "optimum", "--drop", "2", "-o", "again"]);
-    let want = "delete the other variants (model_q2f16.onnx, model_q1.onnx, model_q1f16.onnx) from the pruned folder";
+    let want = "leave out the other variants (model_q2f16.onnx, model_q1.onnx, model_q1f16.onnx) with its `--variant`";
     assert!(stderr(&again).contains(want), "{}", stderr(&again));
     let out = root.path().join("out");
     assert!(!out.join("model_q2.onnx").exists());

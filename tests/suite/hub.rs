@@ -45,6 +45,8 @@ struct Conduct {
     token: Option<&'static str>,
     /// Sends only this many bytes of the data file at its first request.
     breaks_after: Option<usize>,
+    /// Sends only this many bytes of the data file, and keeps the connection open.
+    silent_after: Option<usize>,
     /// Sends another content of the data file, of the same size.
     lies: bool,
     /// Sends large files from this other server.
@@ -131,6 +133,9 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<String, Vec<u8>>, conduct: &Co
     }
     // The other side may have ended.
     drop(stream.write_all(&reply));
+    if conduct.silent_after.is_some() && path.ends_with(DATA) {
+        std::thread::sleep(Duration::from_secs(60));
+    }
 }
 
 /// The answer about a model.
@@ -173,8 +178,9 @@ fn content(
         content[7] ^= 1;
     }
     let from: usize = range.map_or(0, |range| range.trim_end_matches('-').parse().expect("a range"));
-    let end = match conduct.breaks_after {
-        Some(end) if name == DATA && first => end,
+    let end = match (conduct.breaks_after, conduct.silent_after) {
+        (Some(end), _) if name == DATA && first => end,
+        (_, Some(end)) if name == DATA => end,
         _ => content.len(),
     };
     let (status, more) = match range {
@@ -289,6 +295,30 @@ fn a_verb_downloads_the_files_that_it_needs_once_and_records_the_commit() {
     let files = hub.asked();
     assert_eq!(files.iter().filter(|path| path.contains("/resolve/")).count(), 0, "the same content: {files:?}");
     assert_eq!(inspected(&run(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny", "--json"])), first);
+}
+
+#[test]
+fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
+    let folder = tempfile::tempdir().expect("folder");
+    super::variants::model(folder.path());
+    let mut files = model();
+    let q4 = "onnx/decoder_model_merged_q4.onnx";
+    files.insert(q4.into(), fs::read(folder.path().join("model").join(q4)).expect("a decoder"));
+    let hub = Hub::start(files, Conduct::default());
+    let named = ["hf:org/tiny", "--variant", "decoder=q4"];
+    for (arguments, status) in [
+        (&["inspect"][..], 0),
+        (&["plan", "--drop", "2,5", "-o", "plan.json"], 0),
+        (&["prune", "--drop", "2,5", "-o", "pruned"], 0),
+        // The model is opened before its checkpoint.
+        (&["graft", "--base", "nothing", "--tuned", "nothing", "--dry-run"], 2),
+    ] {
+        let home = tempfile::tempdir().expect("folder");
+        let output = run(home.path(), &hub.address, &[], &[arguments, &named].concat());
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}", stderr(&output));
+        let asked: Vec<String> = hub.asked().into_iter().filter(|path| path.contains("decoder_model_merged")).collect();
+        assert!(asked.len() == 1 && asked[0].ends_with(q4), "{arguments:?}: {asked:?}");
+    }
 }
 
 #[test]
@@ -465,19 +495,42 @@ fn answers_in_another_form_say_what_is_wrong() {
     }
 }
 
-#[test]
-fn ctrl_c_ends_a_list_that_comes_slowly() {
-    let home = tempfile::tempdir().expect("folder");
-    let hub = Hub::start(model(), Conduct { drips: true, ..Conduct::default() });
-    let mut command = command(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny"]);
+/// Runs a command, stops it by Ctrl-C once `ready`, and returns what it said and how long it took to end.
+fn stopped(mut command: Command, ready: impl Fn() -> bool) -> (Output, Duration) {
     let child = command.stderr(std::process::Stdio::piped()).spawn().expect("the binary starts");
-    while hub.log.lock().expect("the log").is_empty() {
+    while !ready() {
         std::thread::sleep(Duration::from_millis(20));
     }
     let begun = Instant::now();
     // SAFETY: the child runs until `wait_with_output`.
     assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
-    let output = child.wait_with_output().expect("the end");
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    (child.wait_with_output().expect("the end"), begun.elapsed())
+}
+
+#[test]
+fn ctrl_c_ends_a_list_that_comes_slowly() {
+    let home = tempfile::tempdir().expect("folder");
+    let hub = Hub::start(model(), Conduct { drips: true, ..Conduct::default() });
+    let command = command(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny"]);
+    let (output, took) = stopped(command, || !hub.log.lock().expect("the log").is_empty());
+    assert!(took < Duration::from_secs(15), "{took:?}");
     assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
+}
+
+/// A connection counts as broken after 20 s of silence; Ctrl-C does not wait for that.
+#[test]
+fn ctrl_c_ends_a_download_that_went_silent_and_the_next_command_continues_it() {
+    let home = tempfile::tempdir().expect("folder");
+    let files = model();
+    let hub = Hub::start(files.clone(), Conduct { silent_after: Some(100_000), ..Conduct::default() });
+    let part = cache(home.path()).join("blobs").join(format!("{}.incomplete", id(DATA, &files[DATA])));
+    let inspect = ["inspect", "hf:org/tiny", "--json"];
+    let command = command(home.path(), &hub.address, &[], &inspect);
+    let (output, took) = stopped(command, || fs::metadata(&part).is_ok_and(|part| part.len() == 100_000));
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    assert!(stderr(&output).contains("interrupted") && stderr(&output).contains("continues it"), "{}", stderr(&output));
+    let hub = Hub::start(files, Conduct::default());
+    inspected(&run(home.path(), &hub.address, &[], &inspect));
+    let asked: Vec<String> = hub.asked().into_iter().filter(|path| path.contains("onnx_data")).collect();
+    assert!(asked.len() == 1 && asked[0].ends_with("from 100000-"), "{asked:?}");
 }

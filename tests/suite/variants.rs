@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::cli::{interlace, stderr};
 
 /// The shipped model in a folder, with a decoder `q4` whose logits are those of the other one with the sign changed.
-fn model(folder: &Path) {
+pub fn model(folder: &Path) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     for entry in fs::read_dir(&source).expect("folder").chain(fs::read_dir(source.join("onnx")).expect("folder")) {
         let path = entry.expect("entry").path();
@@ -98,10 +98,61 @@ fn variants_that_are_not_there_are_refused() {
             assert!(stderr(&output).contains(part), "{variant}: {}", stderr(&output));
         }
     }
-    // Training one variant would leave the other as it was.
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut found: Vec<String> = fs::read_dir(folder)
+        .expect("folder")
+        .map(|entry| entry.expect("entry").file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    found
+}
+
+/// As from the hub, of which nothing else is downloaded.
+#[test]
+fn verbs_that_write_a_model_write_the_variants_that_are_named_alone() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    model(here);
+    let named = ["--variant", "decoder=q4"];
+    let of_decoder = |found: &Value| -> Vec<String> {
+        let components = found["components"].as_array().expect("components").iter();
+        let decoders = components.filter(|part| part["role"] == "decoder");
+        decoders.map(|part| part["file"].as_str().expect("a file").to_string()).collect()
+    };
+    let (full, q4) = ("onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged_q4.onnx");
+    assert_eq!(of_decoder(&run(here, &["--json", "inspect", "model"])), [full, q4]);
+    let inspected = run(here, &[&["--json", "inspect", "model"][..], &named].concat());
+    assert_eq!((of_decoder(&inspected), &inspected["variants"]["model"]), (vec![q4.to_string()], &"decoder=q4".into()));
+
+    let plan = ["--json", "plan", "model", "--drop", "2,5", "-o", "plan.json"];
+    assert_eq!(run(here, &[&plan[..], &named].concat())["variants"]["model"], "decoder=q4");
+    // The plan is of the folder, whatever is written of it.
+    let prune = ["--json", "prune", "model", "--plan", "plan.json"];
+    let all = run(here, &[&prune[..], &["-o", "all"]].concat());
+    assert_eq!((all["components"].as_array().map(Vec::len), &all["left_out"]), (Some(2), &Value::Null));
+    let one = run(here, &[&prune[..], &named, &["-o", "one"]].concat());
+    assert_eq!((&one["components"][0]["file"], &one["left_out"]), (&q4.into(), &serde_json::json!([full])));
+    let pruned = [q4.trim_start_matches("onnx/"), "embed_tokens.onnx", "vision_encoder.onnx"];
+    let mut found = files(&here.join("one/onnx"));
+    found.retain(|file| file.ends_with(".onnx") || file.contains("decoder"));
+    assert_eq!(found, pruned);
+    let record: Value =
+        serde_json::from_slice(&fs::read(here.join("one/interlace.json")).expect("record")).expect("JSON");
+    assert_eq!((&record["variants"]["model"], &record["left_out"]), (&"decoder=q4".into(), &serde_json::json!([full])));
+    assert_eq!(run(here, &["--json", "inspect", "one"])["num_layers"], 14);
+
+    // Training one variant would leave another as it was, so it needs to be the only one that is written.
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/finetune-small.parquet");
-    let arguments = ["finetune", "model", "--layers", "3", "--data", data.to_str().expect("path"), "-o", "out"];
-    let output = interlace(here, &[&arguments[..], &["--recipe", "paper", "--variant", "decoder=q4"]].concat());
+    let finetune = ["finetune", "model", "--layers", "3", "--data", data.to_str().expect("path"), "-o", "out"];
+    let finetune = [&finetune[..], &["--recipe", "paper", "--max-steps", "1", "-q"]].concat();
+    let output = interlace(here, &finetune);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
-    assert!(stderr(&output).contains("variant"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("would keep their old weights"), "{}", stderr(&output));
+    let output = interlace(here, &[&finetune[..], &named].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let mut found = files(&here.join("out/onnx"));
+    found.retain(|file| file.ends_with(".onnx") || file.contains("decoder"));
+    assert_eq!(found, pruned);
 }

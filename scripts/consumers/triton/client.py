@@ -1,8 +1,8 @@
 """Asks a server with a repository of `export --to triton` the questions of a benchmark, and checks that it serves.
 
 Prints the versions, then one JSON line per answer. The checks: HTTP and gRPC give the same ids, the streamed tokens are
-those ids, ten clients at once get them too, and after a client is killed in the middle of its answer the server gives
-them again and counts no request as open.
+those ids, the ensemble's logits give the first of them, ten clients at once get them too, and after a client is killed in
+the middle of its answer the server gives them again and counts no request as open.
 
 usage: client.py REPOSITORY BENCHMARK.tsv [--questions N] [--port N]
 """
@@ -43,6 +43,13 @@ def ports(module, arrays):
 
 def whole(client, module, arrays):
     return client.infer("generate", ports(module, arrays)).as_numpy("generated_ids").tolist()
+
+
+def first(client, arrays):
+    """The likeliest token behind the prompt, by the ensemble."""
+    given = {name: array for name, array in arrays.items() if name != "max_new_tokens"}
+    logits = client.infer("prefill", ports(http, given), outputs=[http.InferRequestedOutput("logits")]).as_numpy("logits")
+    return int(logits[0, -1].argmax())
 
 
 def streamed(address, arrays, killed_after=None):
@@ -101,9 +108,10 @@ def main():
         ids = whole(client, http, arrays)
         assert whole(remote, rpc, arrays) == ids, f"question {index}: gRPC"
         assert streamed(grpc, arrays) == ids, f"question {index}: streamed"
+        assert not ids or first(client, arrays) == ids[0], f"question {index}: prefill"
         asked.append((arrays, ids))
         print(json.dumps({"index": index, "prediction": processor.decode(ids, skip_special_tokens=True).strip()}))
-    print(f"HTTP, gRPC and the stream agree on {len(asked)} questions", file=sys.stderr)
+    print(f"HTTP, gRPC, the stream and the ensemble agree on {len(asked)} questions", file=sys.stderr)
 
     def one(number):
         own = http.InferenceServerClient(web)

@@ -1,8 +1,8 @@
 //! What WebGPU demands of a graph besides transformers.js.
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, list_preview};
 use crate::bundle::Component;
-use crate::ir::{Body, DataType, Model};
+use crate::ir::{DataType, Model, of_type};
 use crate::rewrite::casts_wide_positions;
 
 /// transformers.js' name of the device.
@@ -18,14 +18,12 @@ pub(super) fn check(component: &Component, model: &Model) -> Result<()> {
             refused(problem).remedy("cast them in the exporter before anything else, or use `--to transformers-js`")
         );
     }
-    if has_bfloat16(&model.graph.body) {
-        let problem = "has weights in bfloat16, which WebGPU's shaders lack";
-        return Err(refused(problem).remedy("choose another variant with `--variant`, or write one with `--precision`"));
+    let half = of_type(model, DataType::Bfloat16);
+    if !half.is_empty() {
+        let problem = format!("has bfloat16, which WebGPU's shaders lack: {}", list_preview(&half, 4));
+        return Err(
+            refused(&problem).remedy("choose another variant with `--variant`, or write one with `--precision`")
+        );
     }
     Ok(())
-}
-
-fn has_bfloat16(body: &Body) -> bool {
-    let half = |(_, tensor): &(_, crate::ir::Tensor)| tensor.dtype == DataType::Bfloat16;
-    body.initializers.iter().any(half) || body.nodes.iter().flat_map(|node| node.bodies()).any(has_bfloat16)
 }

@@ -15,6 +15,7 @@
 //! ```
 
 mod config;
+mod outputs;
 mod prompt;
 mod rules;
 mod scalars;
@@ -102,20 +103,29 @@ impl Repository<'_> {
         }
         convert(&name, &mut model, self.settings)?;
         let reshaped = scalars::with_an_axis(&mut model)?;
-        let batch = self.settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE);
-        let mut config = config::model_config(&name, &model, batch)?;
-        self.settings.serving.apply(&mut config);
-        if self.settings.serving.warm_up && !Serving::add_warm_up(&mut config, &model) {
-            self.notes.push(format!("model `{name}` is not warmed up: zeros are no valid input of it"));
-        }
         let version_folder = self.root.join(&name).join("1");
         create(&version_folder)?;
         let storage = match inline {
             true => Storage::Inline,
             false => Storage::External { file_name: format!("{MODEL_FILE}_data"), chunk_bytes: None },
         };
-        let data = onnx::save(&model, &version_folder.join(MODEL_FILE), &storage)?;
+        let path = version_folder.join(MODEL_FILE);
+        let mut data = onnx::save(&model, &path, &storage)?;
+        match outputs::note_inferred(&mut model, &path) {
+            Ok(true) => data = onnx::save(&model, &path, &storage)?,
+            Ok(false) => {}
+            Err(error) => self.notes.push(format!(
+                "the sizes of the outputs of model `{name}` are those of its file, which the server compares with its own: \
+                 ONNX Runtime on the processor does not load it here: {error}"
+            )),
+        }
         let size_bytes = size_of(&version_folder, data.iter().map(String::as_str).chain([MODEL_FILE]))?;
+        let batch = self.settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE);
+        let mut config = config::model_config(&name, &model, batch)?;
+        self.settings.serving.apply(&mut config);
+        if self.settings.serving.warm_up && !Serving::add_warm_up(&mut config, &model) {
+            self.notes.push(format!("model `{name}` is not warmed up: zeros are no valid input of it"));
+        }
         self.configure(&name, &config)?;
         self.models
             .insert(name.clone(), ExportedModel { reshaped, ..ExportedModel::new(component, &model, size_bytes) });

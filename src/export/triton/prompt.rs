@@ -14,7 +14,7 @@ use super::super::generate::merge::{Rows, VisionPorts, at_image_tokens};
 use super::super::generate::ports::DecoderPorts;
 use super::super::generate::positions::{self, Grids};
 use super::super::generate::sides::Tokens;
-use super::super::nodes::{cast, graph_input, inputs_of, refused, scalar, symbol, tensor};
+use super::super::nodes::{cast, graph_input, inputs_of, ints, refused, scalar, symbol, tensor};
 
 /// The position of the token behind the prompt, an output of the same name for positions in three rows.
 pub(super) const NEXT_POSITION: &str = "next_position";
@@ -137,7 +137,7 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     let first = scalar(&mut scope, "first", 0);
     let next = three.map(|_| positions::behind(&mut scope, start.positions, NEXT_POSITION));
     let given = fed(&mut scope, &decoder, &start, first, Some(main.dtype));
-    let outputs = named(&mut scope, &decoder, &given)?;
+    let outputs = named(&mut scope, &decoder, &given, input_ids)?;
     let nodes = scope.nodes;
     let graph = &mut joined.model.graph;
     graph.body.nodes.extend(nodes);
@@ -157,24 +157,53 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     Ok(Merge { model: joined.model, sources })
 }
 
-/// A value for each input of the decoder, under its name.
+/// A value for each input of the decoder, under its name. `ids` are the prompt's.
 ///
 /// Errors: `Error::Invalid` for an input without a value.
 fn named<'a>(
     scope: &mut JoinScope<'_>,
     decoder: &'a DecoderPorts,
     given: &HashMap<ValueId, ValueId>,
+    ids: ValueId,
 ) -> Result<Vec<(ValueId, &'a Port)>> {
-    let ports = decoder.inputs.iter().map(|(id, input)| (*id, &input.port));
-    let ports: Vec<(ValueId, &Port)> = ports.chain(decoder.caches.iter().map(|(id, port, _)| (*id, port))).collect();
+    let value_of = |id: ValueId, port: &Port| {
+        let value = given.get(&id).copied();
+        value.ok_or_else(|| Error::invalid(format!("input {}", port.described()), "is not computed for a prompt"))
+    };
     let mut outputs = Vec::new();
-    for (id, port) in ports {
-        let value = given
-            .get(&id)
-            .copied()
-            .ok_or_else(|| Error::invalid(format!("input {}", port.described()), "is not computed for a prompt"))?;
+    for (id, input) in &decoder.inputs {
         // A value may be an input, or stand for two of the decoder's inputs.
-        outputs.push((scope.op(&port.name, "Identity", &[value], &[]), port));
+        let value = value_of(*id, &input.port)?;
+        outputs.push((scope.op(&input.port.name, "Identity", &[value], &[]), &input.port));
+    }
+    let (start, none) = (ints(scope, "first_row", &[0]), no_tokens(scope, ids));
+    for (id, port, _) in &decoder.caches {
+        let value = value_of(*id, port)?;
+        let output = match grows(port) {
+            true => {
+                let axis = ints(scope, "rows", &[ROWS as i64]);
+                scope.op(&port.name, "Slice", &[value, start, none, axis], &[])
+            }
+            false => scope.op(&port.name, "Identity", &[value], &[]),
+        };
+        outputs.push((output, port));
     }
     Ok(outputs)
+}
+
+/// The axis of a cache that has a row for each token.
+const ROWS: usize = 2;
+
+/// True for a cache that has a row for each token, and none before the first.
+fn grows(port: &Port) -> bool {
+    port.rank() == 4 && port.fixed_size(ROWS).is_none()
+}
+
+/// `[0]`, computed from the prompt. ONNX Runtime would infer that a cache cut at a constant 0 has the size 0; Triton knows no
+/// such size, and its back end refuses another.
+fn no_tokens(scope: &mut JoinScope<'_>, ids: ValueId) -> ValueId {
+    let shape = scope.op("prompt_shape", "Shape", &[ids], &[]);
+    let along = ints(scope, "time", &[1]);
+    let tokens = scope.op("prompt_tokens", "Gather", &[shape, along], &[]);
+    scope.op("no_tokens", "Sub", &[tokens, tokens], &[])
 }

@@ -207,7 +207,7 @@ pub fn finetune(
         inputs.insert("plan".to_string(), digest.clone());
     }
     let head = Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?;
-    writer.commit(from_hub(head.with_variants("model", bundle.chosen_variants())))?;
+    writer.commit(from_hub(head))?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)
@@ -282,7 +282,7 @@ fn check_connector(bundle: &Bundle, settings: &Settings) -> Result<()> {
             ),
         )
         .remedy(
-            "delete the other variants before and quantise the result afterwards, or leave the connector as it is with \
+            "name one with `--variant` and quantise the result afterwards, or leave the connector as it is with \
              `--lora-layers trained`",
         )),
         _ => Ok(()),

@@ -252,7 +252,8 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     Ok(Inspection {
         provenance: Provenance::new(LAYERS_SCHEMA_VERSION, inputs, &BTreeMap::<String, String>::new())?
-            .with_hub("model", bundle.hub_name()),
+            .with_hub("model", bundle.hub_name())
+            .with_variants("model", bundle.chosen_variants()),
         layout: bundle.layout().name.to_string(),
         model_type: bundle.config().map(|config| config.model_type.clone()),
         components,

@@ -163,8 +163,8 @@ pub fn variants_warning(bundle: &Bundle, set_aside: &[SetAside]) -> Option<Strin
     let others: Vec<&str> = files.collect();
     (!others.is_empty()).then(|| {
         format!(
-            "`finetune` takes the float decoder `{first}` alone: delete the other variants ({}) from the pruned folder \
-             before finetuning, and quantise the result afterwards",
+            "`finetune` takes the float decoder `{first}` alone: leave out the other variants ({}) with its `--variant`, and \
+             quantise the result afterwards",
             others.join(", ")
         )
     })
@@ -232,7 +232,10 @@ fn check_single_decoder(bundle: &Bundle, component: &Component) -> Result<()> {
         format!("finetuning `{}` beside {}", component.file, others.join(", ")),
         "the latter would keep their old weights",
     )
-    .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"))
+    .remedy(
+        "finetune a folder with the float decoder alone (`--variant decoder=fp32` leaves out its variants), and make the other \
+         variants from the result",
+    ))
 }
 
 #[cfg(test)]

@@ -251,7 +251,9 @@ pub fn plan(
     if let Some(error) = model.refusal(strategy.drops, &dropped) {
         return Err(error);
     }
-    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?.with_hub("model", model.bundle.hub_name());
+    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?
+        .with_hub("model", model.bundle.hub_name())
+        .with_variants("model", model.bundle.chosen_variants());
     let plan = Plan::new(provenance, strategy.name, strategy.drops, num_layers, groups)?;
     Ok(Plan { samples, left_out, ..plan })
 }

@@ -50,7 +50,7 @@ pub struct Pruned {
     /// Files beside the model that say nothing of the network, and graphs that no verb runs: written as they were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub carried: Vec<String>,
-    /// Folders beside the model that hold nothing of it and were not written.
+    /// What was not written: folders beside the model that hold nothing of it, and variants that `--variant` did not name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
     /// Variants that cannot be read or understood; the new folder does not have them.
