@@ -78,6 +78,8 @@ pub fn finetune_with_teacher(
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
     let mut opened = opened?;
+    // On a GPU the sessions of ONNX Runtime have a limit too where the user set none.
+    let request = &Request { limits: opened.limits, ..*request };
     let dense = opened.dense.take();
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
