@@ -218,7 +218,8 @@ def ours(arguments, steps, name):
     text = run([
         arguments.interlace, "finetune", arguments.work / "pruned", "--plan", arguments.work / "plan.json",
         "--recipe", "paper", "--data", arguments.data, "--turns", "separate", "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE,
-        "--batch-size", BATCH, "--accumulation-steps", 1, "--device", arguments.device, "-o", target, "--quiet", "--json",
+        "--batch-size", BATCH, "--accumulation-steps", 1, "--precision", "f32", "--device", arguments.device,
+        "-o", target, "--quiet", "--json",
     ], env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     seconds, worked = time.perf_counter() - began, used() - worked
     lines = (target.with_name(name + ".work") / "metrics.jsonl").read_text().splitlines()

@@ -80,7 +80,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
     /// Compute matrix products and activations in this number format; bf16 is faster on GPUs and on processors with bf16
-    /// instructions, and halves the activations' memory [default: f32]
+    /// instructions, and halves the activations' memory [default: bf16 on a GPU, f32
+    /// on a CPU]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
     /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights
@@ -169,7 +170,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         (_, Some(part)) => Amount::Fraction(part),
         _ => Amount::All,
     };
-    if settings.precision == Precision::Bf16 && args.device == Device::Cpu && cpu_lacks_bf16() {
+    if settings.precision == Some(Precision::Bf16) && args.device == Device::Cpu && cpu_lacks_bf16() {
         context
             .output
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
@@ -225,7 +226,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let metrics = fs::read_to_string(request.work.join(&report.metrics_file)).unwrap_or_default();
     // A run that ends with the fit takes no step.
     let losses = loss_line(&losses(&metrics)).filter(|_| report.first_loss.is_some());
-    print_report(&report, losses, output)
+    print_report(&report, losses, settings.precision_on(device), output)
 }
 
 /// The loss of each step, from the lines of the metrics.
@@ -250,7 +251,12 @@ fn loss_line(losses: &[f64]) -> Option<String> {
 }
 
 /// Prints the report of a run.
-fn print_report(report: &Report, losses: Option<String>, output: &output::Output) -> anyhow::Result<Outcome> {
+fn print_report(
+    report: &Report,
+    losses: Option<String>,
+    precision: Precision,
+    output: &output::Output,
+) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}{}",
         report.steps,
@@ -280,9 +286,10 @@ fn print_report(report: &Report, losses: Option<String>, output: &output::Output
         output.line(losses)?;
     }
     output.line(format!(
-        "{:.1} s, {:.0} tokens/s, peak memory {}",
+        "{:.1} s, {:.0} tokens/s in {}, peak memory {}",
         report.train_s,
         report.tokens_per_s,
+        precision.name(),
         human_bytes(report.peak_memory_bytes)
     ))?;
     Ok(Outcome::Done)
@@ -366,8 +373,8 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
     settings.precision = match args.precision {
-        Some(PrecisionArg::F32) => Precision::F32,
-        Some(PrecisionArg::Bf16) => Precision::Bf16,
+        Some(PrecisionArg::F32) => Some(Precision::F32),
+        Some(PrecisionArg::Bf16) => Some(Precision::Bf16),
         None => settings.precision,
     };
     Ok(settings)

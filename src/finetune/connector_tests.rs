@@ -343,7 +343,8 @@ fn training_moves_the_connector_and_lowers_the_loss() {
     let again = settings.clone().with(|s| s.batch.gradient_checkpointing = Some(true));
     let again = train_anew(&bundle, &again, Limits::default()).losses();
     assert!(losses.iter().zip(&again).all(|(a, b)| (a - b).abs() < 1e-4 * a), "{losses:?}, {again:?}");
-    let coarse = train_anew(&bundle, &settings.with(|s| s.precision = Precision::Bf16), Limits::default()).losses();
+    let coarse =
+        train_anew(&bundle, &settings.with(|s| s.precision = Some(Precision::Bf16)), Limits::default()).losses();
     assert!(losses.iter().zip(&coarse).all(|(a, b)| (a - b).abs() < 0.02 * a && a != b), "{losses:?}, {coarse:?}");
 }
 

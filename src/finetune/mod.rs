@@ -31,4 +31,6 @@ pub use settings::{
 };
 
 #[cfg(test)]
+mod host_read_tests;
+#[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
 //! The student: the decoder from the first trained layer on, as a LibTorch program that runs layer by layer.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
@@ -11,7 +12,7 @@ use crate::runtime::InputKind;
 use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Cut, Suffix, inputs_of};
-use crate::finetune::data::{Feeds, TrainingBatch};
+use crate::finetune::data::{FeedPlace, Feeds, TrainingBatch};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{ComparedPoints, Compute, LossKind};
 use crate::finetune::settings::Precision;
@@ -19,6 +20,9 @@ use crate::finetune::settings::Precision;
 /// The decoder from the first trained layer to the logits.
 pub struct Student {
     program: Program,
+    /// What computes, on the CPU, the values that layers read on the host, from the inputs of which a batch has a copy there;
+    /// `None` where there are none.
+    ahead: Option<Program>,
     /// Number of weights with gradients. They are the program's first parameters; the others are written by a fit only.
     trained: usize,
     suffix: Suffix,
@@ -70,10 +74,22 @@ impl Student {
             autocast: stream_kind,
             hold,
         };
-        let program = Program::compile(&fuse_kernels(model).0, &options)?;
+        let fused = fuse_kernels(model).0;
+        let program = Program::compile(&fused, &options)?;
         // The connector's inputs come with the batch.
         let inputs = inputs_of(graph, &suffix)?.into_iter().filter(|(_, input)| input.kind() != InputKind::Added);
-        let feeds = Feeds::new(inputs.collect(), suffix.reads_tokens, |id| program.reads_on_host(id));
+        let inputs: Vec<_> = inputs.collect();
+        let fed: HashSet<ValueId> = inputs.iter().map(|(id, _)| *id).collect();
+        let (lengths, _) = program.host_reads(|id| fed.contains(&id));
+        let on_cpu =
+            || Options { inputs: options.inputs.clone(), outputs: Some(lengths.clone()), ..Options::default() };
+        let ahead = (!lengths.is_empty()).then(|| Program::compile(&fused, &on_cpu())).transpose()?;
+        let place = |id: ValueId| match (program.reads_on_host(id), &ahead) {
+            (true, _) => FeedPlace::Host,
+            (false, Some(ahead)) if ahead.reads(id) => FeedPlace::Both,
+            (false, _) => FeedPlace::Device,
+        };
+        let feeds = Feeds::new(inputs, suffix.reads_tokens, place);
         let by_layer = suffix
             .trained
             .iter()
@@ -94,6 +110,7 @@ impl Student {
         });
         Ok(Student {
             program,
+            ahead,
             trained,
             suffix,
             stream_kind,
@@ -260,16 +277,58 @@ impl Student {
         if !given.iter().any(|(id, _)| *id == self.suffix.streams[0]) {
             fed.push((self.suffix.streams[0], batch.hidden.shallow_clone()));
         }
-        let values = tch::no_grad(|| self.program.run(&fed, &self.suffix.side))?;
-        given.extend(self.suffix.side.iter().copied().zip(values));
-        // Computed lengths that every layer reads on the host are copied there once.
+        let lengths = self.lengths(batch, &fed)?;
+        let known = |id: &ValueId| lengths.iter().any(|(length, _)| length == id);
+        let side: Vec<ValueId> = self.suffix.side.iter().copied().filter(|id| !known(id)).collect();
+        fed.extend(lengths.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())));
+        let values = tch::no_grad(|| self.program.run(&fed, &side))?;
+        given.extend(lengths);
+        given.extend(side.into_iter().zip(values));
+        // Once for all layers, a value is put where they read it. On the way to the host this waits for the GPU.
         for (id, tensor) in &mut given {
-            if self.program.reads_on_host(*id) && tensor.device() != Device::Cpu {
-                *tensor =
-                    tensor.f_to_device(Device::Cpu).map_err(torch_error("a value that layers read on the host"))?;
-            }
+            let place = match self.program.stays_on_host(*id, tensor) {
+                true if tensor.device() == Device::Cpu || self.program.reads_on_host(*id) => Device::Cpu,
+                _ => self.device(),
+            };
+            let placed = || tensor.f_to_device_(place, tensor.f_kind()?, place != Device::Cpu, false);
+            *tensor = placed().map_err(torch_error("a value that layers read"))?;
         }
         Ok(SideTensors(given))
+    }
+
+    /// The values that layers read on the host and that depend on a batch's masks and positions, computed without the GPU.
+    /// `fed` are the values that the network is given, of which others than the graph's inputs are known by their shape.
+    ///
+    /// Errors: `Error::Invalid` when an operator rejects its inputs.
+    fn lengths(&self, batch: &TrainingBatch, fed: &[(ValueId, Tensor)]) -> Result<Vec<(ValueId, Tensor)>> {
+        let Some(ahead) = &self.ahead else { return Ok(Vec::new()) };
+        let mut on_host = Vec::with_capacity(fed.len());
+        for (id, tensor) in fed {
+            let feed = batch.inputs.iter().find(|(input, _)| input == id);
+            let own = feed.map(|(_, feed)| feed.on_host()).transpose()?.flatten();
+            let shape = || {
+                let one = Tensor::f_zeros(vec![1; tensor.dim()], (tensor.f_kind()?, Device::Cpu))?;
+                one.f_expand(tensor.size(), false)
+            };
+            let own = own.map_or_else(shape, Ok).map_err(torch_error("the shape of an input"))?;
+            on_host.push((*id, own));
+        }
+        let values = tch::no_grad(|| ahead.run(&on_host, ahead.outputs()))?;
+        Ok(ahead.outputs().iter().copied().zip(values).collect())
+    }
+
+    /// Values that a pass copies from the GPU to the host, for which it waits.
+    #[cfg(test)]
+    pub fn copied_from_device(&self) -> Vec<&str> {
+        let fed = self.feeds.ids();
+        self.program.host_reads(|id| fed.contains(&id)).1
+    }
+
+    /// Values that a pass computes ahead on the CPU.
+    #[cfg(test)]
+    pub fn computed_ahead(&self) -> Vec<&str> {
+        let ids = self.ahead.iter().flat_map(|ahead| ahead.outputs());
+        ids.map(|id| self.program.name(*id)).collect()
     }
 
     /// The residual stream after a layer, `[B, T, D]`, from the stream before it. The layer is counted from the first

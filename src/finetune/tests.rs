@@ -489,9 +489,12 @@ fn a_streamed_fit_keeps_the_rows_of_its_plan() {
 fn bf16_training_follows_f32_and_keeps_its_weights_in_f32() {
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings(), &[2, 4], work.path(), false, None);
-    let half = run(&settings().with(|s| s.precision = Precision::Bf16), &[2, 4], work.path(), false, None);
-    plain.outcome.unwrap();
-    let decoder = half.outcome.unwrap().decoder;
+    let half = run(&settings().with(|s| s.precision = Some(Precision::Bf16)), &[2, 4], work.path(), false, None);
+    let [plain_model, half_model] = [plain.outcome.unwrap(), half.outcome.unwrap()];
+    // The report names the format, which the settings of the first run leave open.
+    let named = |model: &FinetunedModel| model.report.provenance.settings["precision"].clone();
+    assert_eq!([named(&plain_model), named(&half_model)], ["f32", "bf16"]);
+    let decoder = half_model.decoder;
     // bf16 has eight significant bits.
     assert!(!plain.steps.is_empty() && plain.steps.len() == half.steps.len());
     for (a, b) in plain.steps.iter().zip(&half.steps) {

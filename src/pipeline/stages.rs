@@ -229,7 +229,7 @@ impl<'a> Stages<'a> {
     ///
     /// Errors: as `steps::finetune`.
     pub fn heal(&mut self, pruned: &Finished, healing: &Healing) -> Result<Finished> {
-        let settings = healing.settings;
+        let settings = &healing.settings.clone().for_device(self.device);
         let amount = healing.samples.map_or(Amount::All, Amount::Samples);
         let subset = Subset { amount, seed: settings.seed };
         let data_digest = Dataset::open_for(healing.data, &self.bundle, healing.options)?.digest()?;

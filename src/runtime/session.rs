@@ -50,7 +50,7 @@ pub struct SessionOptions {
     /// `DequantizeLinear` of its 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products
     /// saturate on some processors.
     pub exact_products: bool,
-    /// The most bytes of a GPU that the session takes; `None` for no limit.
+    /// The most bytes of a GPU that the session's arena takes; `None` for no limit.
     pub memory_limit: Option<u64>,
 }
 

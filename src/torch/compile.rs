@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 
 use crate::base::{Error, Result};
 use crate::ir::{
-    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, Model, Node, Tensor, ValueId, ValueType,
+    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, GraphIndex, Model, Node, Tensor, ValueId, ValueType,
 };
 
 use super::attributes::Attributes;
@@ -14,7 +14,7 @@ use super::convert::{computed_kind, constant_from_ir, kind_of};
 use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
 use super::operator::Operator;
 use super::precision::mixed;
-use super::step::{CompiledNode, Slot};
+use super::step::{CompiledNode, Slot, places_read};
 use super::sub_graph::{CompiledSubGraph, Declared, Ports};
 use super::table::find_operator;
 
@@ -204,8 +204,9 @@ impl<'m> Compiler<'m> {
             inputs.iter().map(|slot| self.dtypes.get(slot.as_ref()?).copied()).collect();
         let (has_4_bits, autocast) = (self.has_4_bits, self.autocast);
         let mut failed = None;
+        let mut captured_on_host = Vec::new();
         let built = {
-            let mut compile = |body: &Body| match self.body(scope, body, &mut inputs) {
+            let mut compile = |body: &Body| match self.body(scope, body, &mut inputs, &mut captured_on_host) {
                 Ok(block) => Ok(block),
                 Err(error) => {
                     failed = Some(error);
@@ -238,7 +239,7 @@ impl<'m> Compiler<'m> {
                     Some(low) => mixed(row, node, kernel, low),
                     None => kernel,
                 };
-                Ok(Some(CompiledNode { label, row, kernel, inputs, outputs }))
+                Ok(Some(CompiledNode { label, row, kernel, inputs, captured_on_host, outputs }))
             }
             Err(OpError(reason)) => {
                 self.lacks(node, &version.to_string(), reason, label);
@@ -253,12 +254,14 @@ impl<'m> Compiler<'m> {
         self.has_4_bits |= is_4_bits(dtype);
     }
 
-    /// Compiles a sub-graph and appends its captured values to the node's inputs.
+    /// Compiles a sub-graph and appends its captured values to the node's inputs, and to `on_host` the positions of those
+    /// that it reads on the host.
     fn body(
         &mut self,
         scope: &NodeScope<'m>,
         body: &Body,
         node_inputs: &mut Vec<Option<Slot>>,
+        on_host: &mut Vec<usize>,
     ) -> Result<CompiledSubGraph> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
@@ -294,6 +297,8 @@ impl<'m> Compiler<'m> {
         for &slot in &outputs {
             read(slot, &defined);
         }
+        let [read_on_host, _] = places_read(&steps);
+        on_host.extend(captures.iter().filter(|(slot, _)| read_on_host.contains(slot)).map(|(_, position)| *position));
         let declared = body.outputs.iter().map(|&id| declared(scope.graph.value(id).ty.as_ref())).collect();
         Ok(CompiledSubGraph::new(steps, Ports { inputs, outputs, declared }, constants, captures, self.device))
     }
@@ -374,6 +379,7 @@ impl<'m> Compiler<'m> {
                 row,
                 kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
                 inputs: vec![Some(from)],
+                captured_on_host: Vec::new(),
                 outputs: vec![Some(to)],
             });
         }
@@ -410,13 +416,44 @@ fn declared(ty: Option<&ValueType>) -> Option<Declared> {
 }
 
 /// Every value that a body or a nested body reads or outputs.
-pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
+fn values_read(body: &Body) -> Vec<ValueId> {
     let mut read = body.outputs.clone();
     for node in &body.nodes {
         read.extend(node.present_inputs());
         read.extend(node.bodies().flat_map(values_read));
     }
     read
+}
+
+/// For each node: true when the outputs depend on it, given the inputs.
+pub(super) fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<bool> {
+    let body = &model.graph.body;
+    let index = GraphIndex::new(&model.graph);
+    let captures: Vec<Vec<ValueId>> =
+        body.nodes.iter().map(|node| node.bodies().flat_map(values_read).collect()).collect();
+    let given: HashSet<ValueId> = inputs.iter().copied().collect();
+    let mut needed = vec![false; body.nodes.len()];
+    let mut seen = HashSet::new();
+    let mut stack = outputs.to_vec();
+    while let Some(id) = stack.pop() {
+        if given.contains(&id) || !seen.insert(id) {
+            continue;
+        }
+        if let Some((node, _)) = index.node_of(id) {
+            needed[node] = true;
+            stack.extend(body.nodes[node].present_inputs());
+            stack.extend(&captures[node]);
+        }
+    }
+    needed
+}
+
+/// The ids of all top-level values with their positions.
+pub(super) fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
+    let body = &model.graph.body;
+    let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
+    let ids = body.inputs.iter().copied().chain(body.initializers.iter().map(|(id, _)| *id)).chain(nodes);
+    ids.chain(body.outputs.iter().copied()).map(|id| (id.index(), id)).collect()
 }
 
 /// Attributes with references replaced by the caller's values. A reference without a value is omitted.

@@ -33,12 +33,15 @@ impl<'a> Args<'a> {
 
     /// The elements of an integer tensor, if the input is present.
     pub fn ints(&self, index: usize) -> OpResult<Option<Vec<i64>>> {
+        #[cfg(test)]
+        READS.with_borrow_mut(|reads| reads.push(index));
         self.opt(index).map(host_ints).transpose()
     }
 
     /// The elements of an integer tensor.
     pub fn ints_required(&self, index: usize) -> OpResult<Vec<i64>> {
-        host_ints(self.get(index)?)
+        self.get(index)?;
+        Ok(self.ints(index)?.unwrap_or_default())
     }
 
     /// The single integer of an input, if present.
@@ -52,6 +55,8 @@ impl<'a> Args<'a> {
 
     /// The single number of an input as f64, if present.
     pub fn float(&self, index: usize) -> OpResult<Option<f64>> {
+        #[cfg(test)]
+        READS.with_borrow_mut(|reads| reads.push(index));
         let Some(tensor) = self.opt(index) else { return Ok(None) };
         if tensor.numel() != 1 {
             return Err(OpError::new(format!("input {index} has {} elements, expected 1", tensor.numel())));
@@ -59,6 +64,24 @@ impl<'a> Args<'a> {
         let flat = tensor.f_reshape([1i64])?;
         Ok(Some(flat.f_double_value(&[0])?))
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Inputs whose numbers the operator in progress has read on the host.
+    static READS: std::cell::RefCell<Vec<usize>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// Ends the list of reads of the operator in progress, which goes on after one inside it.
+#[cfg(test)]
+pub(super) fn take_reads() -> Vec<usize> {
+    READS.take()
+}
+
+/// The reads since [`take_reads`], whose list goes on.
+#[cfg(test)]
+pub(super) fn put_reads(outer: Vec<usize>) -> Vec<usize> {
+    READS.replace(outer)
 }
 
 /// The elements of an integer or bool tensor as i64, in order.

@@ -25,6 +25,7 @@ mod attributes;
 mod compile;
 mod convert;
 mod device;
+mod host_reads;
 mod kernel;
 mod library;
 mod memory;

@@ -7,14 +7,15 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result, list_preview};
-use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
+use crate::ir::{self, DataType, Dim, Model, ValueId, ValueType};
 
-use super::compile::{Compiler, values_read};
+use super::compile::{Compiler, needed_nodes, value_ids};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
+use super::host_reads::{HostFacts, HostReads};
 use super::op_error::{OpError, OpResult};
 use super::products::lowered;
 use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
-use super::step::{CompiledNode, Slot, read_on_host, store};
+use super::step::{CompiledNode, Slot, moved_to, places_read, store};
 use super::weights::{self, FixedTensors, Hold, Shared};
 
 /// Options of compilation.
@@ -88,8 +89,10 @@ pub struct Program {
     frozen: HashMap<Slot, ir::Tensor>,
     parameters: Vec<Parameter>,
     trainable: HashMap<Slot, usize>,
-    /// Slots that only the host reads.
-    on_host: HashSet<Slot>,
+    /// Slots that a step reads on the host, and those that a step reads elsewhere.
+    places_read: [HashSet<Slot>; 2],
+    /// Slots that are computed on the host, from shapes and small constants.
+    resident: HashSet<Slot>,
     device: Device,
     autocast: Option<Kind>,
     hold: Hold,
@@ -193,8 +196,9 @@ impl Program {
         for (index, id) in value_ids(model) {
             by_name.entry(names[index].clone()).or_insert(id);
         }
-        Ok(Program {
-            on_host: read_on_host(&steps),
+        let mut program = Program {
+            places_read: places_read(&steps),
+            resident: HashSet::new(),
             steps,
             producers,
             names,
@@ -210,7 +214,9 @@ impl Program {
             hold: options.hold,
             shared: Arc::default(),
             state: RefCell::default(),
-        })
+        };
+        program.resident = program.where_read(&|_| false).resident;
+        Ok(program)
     }
 
     /// The inputs from [`Options`], or the graph's inputs without a default.
@@ -258,9 +264,48 @@ impl Program {
         self.device
     }
 
-    /// True when every operator that reads the value reads it on the host, such as a flag or a length.
+    /// True when an operator reads the value on the host, such as a flag or a length.
     pub fn reads_on_host(&self, id: ValueId) -> bool {
-        self.on_host.contains(&id.index())
+        self.places_read[0].contains(&id.index())
+    }
+
+    /// True for a value that is not moved to a GPU where a run is given it in host memory: one that an operator reads on the
+    /// host, or a small one that such values are computed from.
+    pub fn stays_on_host(&self, id: ValueId, tensor: &Tensor) -> bool {
+        self.stays(id.index(), tensor)
+    }
+
+    fn stays(&self, slot: Slot, tensor: &Tensor) -> bool {
+        self.places_read[0].contains(&slot)
+            || self.resident.contains(&slot) && tensor.numel() as u64 <= weights::HOST_INTEGERS
+    }
+
+    /// True when an operator reads what the value holds, not only its shape.
+    pub fn reads(&self, id: ValueId) -> bool {
+        self.places_read.iter().any(|slots| slots.contains(&id.index()))
+    }
+
+    /// Values that operators read on the host and that are not there by themselves, as shapes and small constants are:
+    /// those that depend on inputs for which `held` is true and on nothing on the GPU, which a program on the CPU can
+    /// compute for this one, and the names of those that a run copies from the GPU.
+    pub fn host_reads(&self, held: impl Fn(ValueId) -> bool) -> (Vec<ValueId>, Vec<&str>) {
+        let ids: HashMap<Slot, ValueId> = self.by_name.values().map(|id| (id.index(), *id)).collect();
+        let HostReads { ahead, copied, .. } = self.where_read(&|slot| ids.get(&slot).is_some_and(|id| held(*id)));
+        let names = copied.into_iter().map(|slot| self.names[slot].as_str());
+        (ahead.into_iter().filter_map(|slot| ids.get(&slot).copied()).collect(), names.collect())
+    }
+
+    fn where_read(&self, held: &dyn Fn(Slot) -> bool) -> HostReads {
+        let named: HashSet<Slot> = self.by_name.values().map(|id| id.index()).collect();
+        let facts = HostFacts {
+            given: &self.inputs.iter().map(|id| id.index()).collect(),
+            held,
+            frozen: &|slot| self.frozen.contains_key(&slot),
+            small: &|slot| self.frozen.get(&slot).is_some_and(weights::stays_on_host),
+            named: &|slot| named.contains(&slot),
+            read: &self.places_read,
+        };
+        HostReads::of(&self.steps, &facts)
     }
 
     /// The name of a value.
@@ -347,15 +392,14 @@ impl Program {
             None => {
                 let mut cache = ShapeCache { schedule: number, signature, values: HashMap::new() };
                 let kept = &schedule.static_kept;
-                let read_on_device = |slot: Slot| self.read_on_device(&schedule.lean, slot);
+                let stays = |slot: Slot, tensor: &Tensor| match schedule.outputs.contains(&slot) {
+                    true => self.stays(slot, tensor),
+                    false => self.places_read[0].contains(&slot),
+                };
                 self.execute(&schedule.full, &mut values, &fixed, &schedule.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
-                        let tensor = if read_on_device(slot) {
-                            tensor.f_to_device(self.device)?
-                        } else {
-                            tensor.shallow_clone()
-                        };
-                        cache.values.insert(slot, tensor.detach());
+                        let place = if stays(slot, tensor) { tensor.device() } else { self.device };
+                        cache.values.insert(slot, moved_to(tensor, place)?.detach());
                     }
                     Ok(())
                 })?;
@@ -385,7 +429,7 @@ impl Program {
         Ok(results)
     }
 
-    /// Moves inputs to the program's device, unless only the host reads them, converts them to the computed kinds, and returns
+    /// Moves inputs to the program's device, unless they stay on the host, converts them to the computed kinds, and returns
     /// their shapes and kinds too.
     fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
         let mut signature: Signature = Vec::with_capacity(inputs.len());
@@ -396,8 +440,8 @@ impl Program {
             self.check_input(*id, tensor, kind)?;
             let kind = if Some(kind) == self.autocast { kind } else { computed_kind(kind) };
             signature.push((tensor.size(), kind));
-            let device = if self.on_host.contains(&id.index()) { tensor.device() } else { self.device };
-            let tensor = tensor.f_to_device(device).and_then(|tensor| tensor.f_to_kind(kind));
+            let device = if self.stays_on_host(*id, tensor) { tensor.device() } else { self.device };
+            let tensor = moved_to(tensor, device).and_then(|tensor| tensor.f_to_kind(kind));
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         Ok((signature, values))
@@ -444,15 +488,6 @@ impl Program {
         Ok(tensor.shallow_clone())
     }
 
-    /// True when later runs read the slot only on the device, so that it would have to be moved there first.
-    fn read_on_device(&self, nodes: &[ScheduledNode], slot: Slot) -> bool {
-        self.device != Device::Cpu
-            && nodes.iter().map(|node| &self.steps[node.step]).all(|step| {
-                let mut reads = step.inputs.iter().enumerate().filter(|(_, input)| **input == Some(slot));
-                reads.all(|(index, _)| !step.row.reads_on_host(index))
-            })
-    }
-
     fn execute<'v>(
         &self,
         nodes: &[ScheduledNode],
@@ -474,12 +509,12 @@ impl Program {
                 widened.iter().for_each(|(index, tensor)| inputs[*index] = Some(tensor));
                 let mut mover = |slot: Slot, tensor: &Tensor| {
                     if values.contains_key(&slot) {
-                        return Ok(tensor.f_to_device(self.device)?);
+                        return Ok(moved_to(tensor, self.device)?);
                     }
                     if let Some(copy) = moved.get(&slot) {
                         return Ok(copy.shallow_clone());
                     }
-                    let copy = tensor.f_to_device(self.device)?;
+                    let copy = moved_to(tensor, self.device)?;
                     moved.insert(slot, copy.shallow_clone());
                     Ok(copy)
                 };
@@ -558,37 +593,6 @@ fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchEr
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
     if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
-}
-
-/// For each node: true when the outputs depend on it, given the inputs.
-fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<bool> {
-    let body = &model.graph.body;
-    let index = GraphIndex::new(&model.graph);
-    let captures: Vec<Vec<ValueId>> =
-        body.nodes.iter().map(|node| node.bodies().flat_map(values_read).collect()).collect();
-    let given: HashSet<ValueId> = inputs.iter().copied().collect();
-    let mut needed = vec![false; body.nodes.len()];
-    let mut seen = HashSet::new();
-    let mut stack = outputs.to_vec();
-    while let Some(id) = stack.pop() {
-        if given.contains(&id) || !seen.insert(id) {
-            continue;
-        }
-        if let Some((node, _)) = index.node_of(id) {
-            needed[node] = true;
-            stack.extend(body.nodes[node].present_inputs());
-            stack.extend(&captures[node]);
-        }
-    }
-    needed
-}
-
-/// The ids of all top-level values with their positions.
-fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
-    let body = &model.graph.body;
-    let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
-    let ids = body.inputs.iter().copied().chain(body.initializers.iter().map(|(id, _)| *id)).chain(nodes);
-    ids.chain(body.outputs.iter().copied()).map(|id| (id.index(), id)).collect()
 }
 
 #[cfg(test)]

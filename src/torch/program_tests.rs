@@ -99,4 +99,61 @@ fn values_that_only_the_host_reads_are_known() {
     let program = Program::compile(&squares(), &Options::default()).expect("compile");
     let on_host = |name: &str| program.reads_on_host(program.value(name).expect("a value"));
     assert_eq!(["x", "length", "size", "square"].map(on_host), [false, false, true, false]);
+    // Shapes are on the host by themselves.
+    assert_eq!(program.host_reads(|_| true), (Vec::new(), Vec::new()));
+}
+
+/// Tokens of a mask, as a length by which a row of the stream is repeated, and the places of the stream's numbers above 0.
+#[test]
+fn values_that_the_host_reads_are_computed_ahead_or_copied() {
+    let mut model = Model { ir_version: 10, ..Default::default() };
+    model.opset_imports.insert(String::new(), 21);
+    let graph = &mut model.graph;
+    let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+    let names = ["x", "mask", "sum", "zero", "one", "from", "next", "to", "cut", "places", "size", "y"];
+    let [x, mask, sum, zero, one, from, next, to, cut, places, size, y] = names.map(&mut value);
+    let node = |op: &str, inputs: &[ValueId], output: ValueId| {
+        let inputs = inputs.iter().map(|id| Some(*id)).collect();
+        ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
+    };
+    let ints = |values: &[i64]| ir::Tensor::from_i64(&[values.len() as u64], values);
+    graph.body.initializers = vec![(zero, ints(&[0])), (one, ints(&[1]))];
+    graph.body.nodes = vec![
+        node("ReduceSum", &[mask, zero], sum),
+        node("Sub", &[sum, sum], from),
+        node("Sub", &[sum, one], next),
+        node("Add", &[next, zero], to),
+        node("Slice", &[x, from, to], cut),
+        node("NonZero", &[cut], places),
+        node("Shape", &[places], size),
+        node("Expand", &[cut, size], y),
+    ];
+    (graph.body.inputs, graph.body.outputs) = (vec![x, mask], vec![y]);
+    let program = Program::compile(&model, &Options::default()).expect("compile");
+    let read = |held: &dyn Fn(ValueId) -> bool| {
+        let (ahead, copied) = program.host_reads(held);
+        (ahead.into_iter().map(|id| program.name(id)).collect::<Vec<_>>(), copied)
+    };
+    // What `NonZero` reads comes from the stream; the shape of what it gives is on the host by itself.
+    assert_eq!(read(&|id| id == mask), (vec!["from", "to"], vec!["cut"]));
+    assert_eq!(read(&|_| false), (vec![], vec!["from", "to", "cut"]));
+    assert!(program.reads(mask) && program.reads(x) && !program.reads(places));
+    // A program of the lengths alone knows the stream by its shape, and the other one takes what it computes.
+    let (ahead, _) = program.host_reads(|id| id == mask);
+    let lengths = Program::compile(
+        &model,
+        &Options { outputs: Some(ahead.clone()), inputs: Some(vec![x, mask]), ..Options::default() },
+    );
+    let lengths = lengths.expect("compile");
+    assert!(lengths.reads(mask) && !lengths.reads(x));
+    let kept = Tensor::from_slice(&[1i64, 1, 1, 0]);
+    let stream = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]);
+    let shape = Tensor::zeros([1], tch::kind::FLOAT_CPU).expand([4], false);
+    let found = lengths.run(&[(x, shape), (mask, kept.shallow_clone())], &ahead).expect("run");
+    assert_eq!([found[0].int64_value(&[0]), found[1].int64_value(&[0])], [0, 2]);
+    let mut given = vec![(x, stream.shallow_clone())];
+    given.extend(ahead.iter().copied().zip(found));
+    let out = program.run(&given, &[y]).expect("run");
+    let whole = program.run(&[(x, stream), (mask, kept)], &[y]).expect("run");
+    assert!(out[0].equal(&whole[0]));
 }

@@ -208,56 +208,70 @@ fn exact_inputs(step: &CompiledNode) -> impl Iterator<Item = Slot> + '_ {
 
 /// Static knowledge about a value.
 #[derive(Clone, Copy)]
-struct Known {
+pub(super) struct Known {
     /// The content depends on frozen weights only.
     constant: bool,
     /// The content depends on weights and input shapes only.
-    content: bool,
+    pub content: bool,
     /// The shape depends on weights and input shapes only.
     shape: bool,
 }
 
-/// The frequency of each step in `order`, from what is known about its inputs.
-fn classify(request: &ScheduleRequest, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
-    let mut known: HashMap<Slot, Known> = HashMap::new();
-    let fact = |known: &HashMap<Slot, Known>, slot: Slot| -> Known {
-        if given.contains(&slot) {
-            return Known { constant: false, content: false, shape: true };
+impl Known {
+    /// What is known about the results of all steps, from these inputs.
+    pub fn of(steps: &[CompiledNode], given: &HashSet<Slot>, frozen: &dyn Fn(Slot) -> bool) -> HashMap<Slot, Known> {
+        let mut known = HashMap::new();
+        for step in steps {
+            Known::add(&mut known, step, given, frozen, false);
         }
-        if let Some(known) = known.get(&slot) {
-            return *known;
-        }
-        let frozen = (request.frozen)(slot);
-        Known { constant: frozen, content: frozen, shape: true }
-    };
-    let mut classes = HashMap::new();
-    for &number in order {
-        let step = &request.steps[number];
-        let (mut constant, mut content, mut shape) = (true, true, true);
+        known
+    }
+
+    /// Adds what is known about the results of a step, and returns it. `anew`: the step runs every time.
+    fn add(
+        known: &mut HashMap<Slot, Known>,
+        step: &CompiledNode,
+        given: &HashSet<Slot>,
+        frozen: &dyn Fn(Slot) -> bool,
+        anew: bool,
+    ) -> Known {
+        let mut made = Known { constant: true, content: true, shape: true };
         for (index, slot) in step.inputs.iter().enumerate() {
             let Some(slot) = slot else { continue };
-            let input = fact(&known, *slot);
-            constant &= input.constant;
-            content &= input.content;
-            shape &= input.shape && (input.content || !step.row.reads_on_host(index));
+            let input = match known.get(slot) {
+                _ if given.contains(slot) => Known { constant: false, content: false, shape: true },
+                Some(known) => *known,
+                None => Known { constant: frozen(*slot), content: frozen(*slot), shape: true },
+            };
+            made.constant &= input.constant;
+            made.content &= input.content;
+            made.shape &= input.shape && (input.content || !step.row.reads_on_host(index));
         }
-        if step.row.expands && request.keeps_quantised {
-            (constant, content) = (false, false);
+        if anew {
+            (made.constant, made.content) = (false, false);
         }
         if step.row.shape_only {
-            content = shape;
+            made.content = made.shape;
         }
-        let class = match (constant, content) {
-            (true, _) => Class::Constant,
-            (false, true) => Class::Static,
-            (false, false) => Class::Dynamic,
-        };
-        classes.insert(number, class);
         for &slot in step.outputs.iter().flatten() {
             if !given.contains(&slot) {
-                known.insert(slot, Known { constant, content, shape: shape || content });
+                known.insert(slot, Known { shape: made.shape || made.content, ..made });
             }
         }
+        made
     }
-    classes
+}
+
+/// The frequency of each step in `order`, from what is known about its inputs.
+fn classify(request: &ScheduleRequest, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
+    let mut known = HashMap::new();
+    let mut class_of = |step: &CompiledNode| {
+        let anew = step.row.expands && request.keeps_quantised;
+        match Known::add(&mut known, step, given, request.frozen, anew) {
+            Known { constant: true, .. } => Class::Constant,
+            Known { content: true, .. } => Class::Static,
+            _ => Class::Dynamic,
+        }
+    };
+    order.iter().map(|&number| (number, class_of(&request.steps[number]))).collect()
 }

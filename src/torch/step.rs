@@ -20,6 +20,8 @@ pub(super) struct CompiledNode {
     pub kernel: Kernel,
     /// Slots of the node's inputs, then of its captured values.
     pub inputs: Vec<Option<Slot>>,
+    /// Positions of inputs that a body of the node captures and reads on the host.
+    pub captured_on_host: Vec<usize>,
     pub outputs: Vec<Option<Slot>>,
 }
 
@@ -31,13 +33,13 @@ impl CompiledNode {
     /// except those that the operator reads on the host.
     pub fn call(&self, inputs: &[Option<&Tensor>], device: Device, mover: &mut Mover) -> OpResult<Vec<Tensor>> {
         if device == Device::Cpu {
-            return (self.kernel)(&Args { inputs });
+            return self.compute(&Args { inputs });
         }
         let on_device = |tensor: &Tensor| tensor.device() != Device::Cpu;
         let placed = |index: usize| !self.row.reads_on_host(index) && !self.row.shape_only;
         let any = inputs.iter().enumerate().any(|(index, input)| placed(index) && input.is_some_and(on_device));
         if !any {
-            return (self.kernel)(&Args { inputs });
+            return self.compute(&Args { inputs });
         }
         let mut moved: Vec<Option<Tensor>> = Vec::with_capacity(inputs.len());
         for (index, input) in inputs.iter().enumerate() {
@@ -48,16 +50,31 @@ impl CompiledNode {
         }
         let inputs: Vec<Option<&Tensor>> =
             inputs.iter().zip(&moved).map(|(input, moved)| moved.as_ref().or(*input)).collect();
-        (self.kernel)(&Args { inputs: &inputs })
+        self.compute(&Args { inputs: &inputs })
     }
 
-    /// True when the operator itself reads input `index` on the host. Values that a body captures may be read anywhere.
-    fn reads_on_host(&self, index: usize) -> bool {
-        match self.row.op_type {
-            "If" => index == 0,
-            "Loop" | "Scan" => false,
-            _ => self.row.reads_on_host(index),
+    /// Runs the operator. In tests, a read on the host of an input that the row does not name as one is a panic: on a GPU
+    /// it would be a copy from the device that [`super::host_reads`] does not know of.
+    fn compute(&self, args: &Args) -> OpResult<Vec<Tensor>> {
+        #[cfg(test)]
+        let outer = super::kernel::take_reads();
+        let results = (self.kernel)(args);
+        #[cfg(test)]
+        for index in super::kernel::put_reads(outer) {
+            assert!(self.reads_on_host(index), "{} reads input {index} on the host", self.label);
         }
+        results
+    }
+
+    /// True when the operator itself, or a body of it, reads input `index` on the host.
+    pub(super) fn reads_on_host(&self, index: usize) -> bool {
+        let own = match self.row.op_type {
+            "If" => index == 0,
+            "Loop" => index < 2,
+            "Scan" => false,
+            _ => self.row.reads_on_host(index),
+        };
+        own || self.captured_on_host.contains(&index)
     }
 
     /// The error for a failure of this step.
@@ -76,8 +93,9 @@ impl CompiledNode {
     }
 }
 
-/// Slots that steps read, and all of them on the host: flags, lengths and shapes.
-pub(super) fn read_on_host(steps: &[CompiledNode]) -> HashSet<Slot> {
+/// Slots that a step reads on the host, and those that a step reads elsewhere: flags, lengths and shapes are among the first
+/// alone.
+pub(super) fn places_read(steps: &[CompiledNode]) -> [HashSet<Slot>; 2] {
     let (mut on_host, mut elsewhere) = (HashSet::new(), HashSet::new());
     for step in steps.iter().filter(|step| !step.row.shape_only) {
         for (index, slot) in step.inputs.iter().enumerate() {
@@ -85,7 +103,12 @@ pub(super) fn read_on_host(steps: &[CompiledNode]) -> HashSet<Slot> {
             place.extend(slot);
         }
     }
-    on_host.difference(&elsewhere).copied().collect()
+    [on_host, elsewhere]
+}
+
+/// A tensor on a device. A copy to a GPU does not wait for what the GPU computes.
+pub(super) fn moved_to(tensor: &Tensor, device: Device) -> Result<Tensor, tch::TchError> {
+    tensor.f_to_device_(device, tensor.f_kind()?, device != Device::Cpu, false)
 }
 
 /// Passes a step's results to `put`.

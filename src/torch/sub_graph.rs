@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
 use super::kernel::{Args, OpError, OpResult, SubGraph};
-use super::step::{CompiledNode, Slot, store};
+use super::step::{CompiledNode, Slot, moved_to, store};
 
 /// Declared type and shape of a sub-graph's output.
 pub(super) struct Declared {
@@ -80,7 +80,7 @@ impl SubGraph for CompiledSubGraph {
             let outputs = {
                 let inputs: Vec<Option<&Tensor>> =
                     step.inputs.iter().map(|slot| slot.and_then(|slot| values.get(&slot))).collect();
-                let mut mover = |_: Slot, tensor: &Tensor| Ok(tensor.f_to_device(self.device)?);
+                let mut mover = |_: Slot, tensor: &Tensor| Ok(moved_to(tensor, self.device)?);
                 step.call(&inputs, self.device, &mut mover)
                     .map_err(|error| OpError::new(step.error(error, &inputs).to_string()))?
             };

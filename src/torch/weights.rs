@@ -24,9 +24,9 @@ pub enum Hold {
 }
 
 /// Integer constants of at most this many elements stay on the host, because they feed shapes.
-const HOST_INTEGERS: usize = 4096;
+pub(super) const HOST_INTEGERS: u64 = 4096;
 /// Float constants of at most this many elements stay on the host: scales and thresholds.
-const HOST_FLOATS: usize = 16;
+const HOST_FLOATS: u64 = 16;
 
 /// Values that are equal in every run: frozen weights and constants. `lowers` contains those that a schedule reads in
 /// the autocast kind only.
@@ -92,7 +92,7 @@ impl Shared {
 
 /// A constant in 16 bits if that is lossless, as for a transposed or sliced 16-bit weight.
 pub(super) fn narrowed(tensor: Tensor) -> OpResult<Tensor> {
-    if tensor.f_kind()? != Kind::Float || tensor.numel() <= HOST_INTEGERS {
+    if tensor.f_kind()? != Kind::Float || tensor.numel() as u64 <= HOST_INTEGERS {
         return Ok(tensor);
     }
     for kind in [Kind::Half, Kind::BFloat16] {
@@ -107,6 +107,11 @@ pub(super) fn narrowed(tensor: Tensor) -> OpResult<Tensor> {
 /// Files into which LibTorch tensors point. LibTorch has no hook for the end of the last such tensor (it may be a view,
 /// or saved for a backward pass), so a shared file stays mapped until the process ends.
 static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
+
+/// True for constants that a program on a GPU keeps on the host.
+pub(super) fn stays_on_host(tensor: &ir::Tensor) -> bool {
+    tensor.element_count() <= if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS }
+}
 
 /// A frozen weight on its device.
 ///
@@ -127,8 +132,7 @@ pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device, hold: Hold
             wide
         }
     };
-    let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
-    if device == Device::Cpu || host.numel() <= small {
+    if device == Device::Cpu || stays_on_host(tensor) {
         return Ok(host);
     }
     host.f_to_device(device).map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))

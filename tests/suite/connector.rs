@@ -123,3 +123,52 @@ fn several_variants_of_a_connector_are_refused() {
         assert!(text.contains("`--lora-layers trained`"), "{text}");
     }
 }
+
+/// The whole model in 4 bits, connector included, as `export --precision int4` writes it.
+#[test]
+fn a_connector_in_four_bits_gets_adapters_and_is_written_as_asked() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    split(here);
+    let done = |arguments: &[&str]| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+        output
+    };
+    done(&["export", "split", "--precision", "int4", "--rounding", "nearest", "-q", "-o", "packed"]);
+    for file in fs::read_dir(here.join("packed/onnx")).expect("a folder").flatten() {
+        if !file.file_name().to_string_lossy().contains("_q4.onnx") {
+            fs::remove_file(file.path()).expect("removed");
+        }
+    }
+    let file = CONNECTOR.replace(".onnx", "_q4.onnx");
+    let read = |root: &str| onnx::load(&here.join(root).join(&file)).expect("a graph");
+    let products = |model: &Model| -> Vec<String> {
+        let types = model.graph.body.nodes.iter().map(|node| node.op_type.clone());
+        types.filter(|name| name.starts_with("MatMul")).collect()
+    };
+    let bytes = |model: &Model| -> Vec<Vec<u8>> {
+        model.graph.body.initializers.iter().map(|(_, tensor)| tensor.bytes().to_vec()).collect()
+    };
+    let before = read("packed");
+    assert_eq!(products(&before), ["MatMulNBits"]);
+    let data = fixture("data/finetune-small.parquet");
+    for (how, product) in [("float", "MatMul"), ("quantised", "MatMulNBits")] {
+        let mut arguments =
+            vec!["finetune", "packed", "--variant", "q4", "--layers", "3,7", "--data", &data, "-o", how];
+        arguments.extend(["--recipe", "paper", "--learning-rate", "2e-2", "--lora-rank", "4", "--lora-layers", "all"]);
+        arguments.extend(["--max-steps", "4", "--write-trained", how, "--json"]);
+        let report: Value = serde_json::from_slice(&done(&arguments).stdout).expect("JSON");
+        assert_eq!(report["connector"], file.as_str());
+        assert!(report["last_loss"].as_f64() < report["first_loss"].as_f64(), "{report}");
+        let after = read(how);
+        assert_eq!(products(&after), [product]);
+        assert!(bytes(&after) != bytes(&before), "{how}");
+        // ONNX Runtime computes the same with the written connector as the interpreter does.
+        let verified = interlace(here, &["verify", how, "--variant", "q4", "--json"]);
+        let report: Value = serde_json::from_slice(&verified.stdout).expect("JSON");
+        let checks = report["checks"].as_array().expect("checks");
+        let compared = |check: &&Value| check["name"] == "interpreter" && check["subject"] == file.as_str();
+        assert_eq!(checks.iter().find(compared).expect("a comparison")["status"], "passed", "{report}");
+    }
+}

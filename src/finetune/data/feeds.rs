@@ -20,7 +20,18 @@ struct FedInput {
     input: Input,
     /// What is made for it: the token inputs' values, or only their shape.
     training: Training,
-    on_host: bool,
+    place: FeedPlace,
+}
+
+/// Where operators read an input of the graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeedPlace {
+    /// On the device.
+    Device,
+    /// On the host.
+    Host,
+    /// On the device, and on the host for lengths that are computed ahead.
+    Both,
 }
 
 /// The value of one graph input for a batch.
@@ -28,6 +39,8 @@ struct FedInput {
 pub enum Feed {
     /// Numbers, which move with the batch.
     Data(Tensor),
+    /// Numbers, which move with the batch, and a copy of them that stays on the host.
+    Both(Tensor, Tensor),
     /// A flag or a length. It is read on the host and stays there.
     Host(Tensor),
     /// Zeros of this shape and kind: an empty cache, or the initial value of a state.
@@ -38,15 +51,15 @@ pub enum Feed {
 
 impl Feeds {
     /// The inputs `inputs`. `reads_tokens`: the trained part reads the values of token ids or embeddings, not only
-    /// their shape. `on_host`: every operator that reads the input reads it on the host.
-    pub fn new(inputs: Vec<(ValueId, Input)>, reads_tokens: bool, on_host: impl Fn(ValueId) -> bool) -> Self {
+    /// their shape. `place`: where operators read an input.
+    pub fn new(inputs: Vec<(ValueId, Input)>, reads_tokens: bool, place: impl Fn(ValueId) -> FeedPlace) -> Self {
         let fed = |(id, input): (ValueId, Input)| {
             let flag = matches!(input.kind(), InputKind::UseCacheBranch | InputKind::LogitsToKeep);
             let training = match input.row.training {
                 Training::ShapeOnly if reads_tokens => Training::Fed,
                 training => training,
             };
-            FedInput { id, training, on_host: flag || on_host(id), input }
+            FedInput { id, training, place: if flag { FeedPlace::Host } else { place(id) }, input }
         };
         Feeds(inputs.into_iter().map(fed).collect())
     }
@@ -61,6 +74,11 @@ impl Feeds {
 
 #[cfg(test)]
 impl Feeds {
+    /// The inputs.
+    pub fn ids(&self) -> Vec<ValueId> {
+        self.0.iter().map(|fed| fed.id).collect()
+    }
+
     /// Inputs of these names with open axes, and DeepStack features of width 2.
     pub fn of_names(names: &[&str]) -> Self {
         use crate::ir::{DataType, Graph, Value};
@@ -76,7 +94,7 @@ impl Feeds {
         let ports: Vec<_> = names.iter().map(|name| port(name)).collect();
         let inputs = Input::all_or_given(&ports);
         let ids = names.iter().map(|name| graph.add_value(Value { name: (*name).into(), ..Value::default() }));
-        Feeds::new(ids.zip(inputs).collect(), false, |_| false)
+        Feeds::new(ids.zip(inputs).collect(), false, |_| FeedPlace::Device)
     }
 }
 
@@ -95,7 +113,11 @@ impl FedInput {
             Training::Fed => {
                 let tensor = tensor_of(self.input.make(step)?, kind);
                 let tensor = tensor.map_err(torch_error(format!("input `{}`", port.name)))?;
-                if self.on_host { Feed::Host(tensor) } else { Feed::Data(tensor) }
+                match self.place {
+                    FeedPlace::Device => Feed::Data(tensor),
+                    FeedPlace::Host => Feed::Host(tensor),
+                    FeedPlace::Both => Feed::Both(tensor.shallow_clone(), tensor),
+                }
             }
         })
     }
@@ -107,7 +129,7 @@ impl Feed {
     /// Errors: `Error::Engine` from LibTorch.
     pub fn tensor(&self, device: Device) -> Result<Tensor> {
         let made = match self {
-            Feed::Data(tensor) | Feed::Host(tensor) => Ok(tensor.shallow_clone()),
+            Feed::Data(tensor) | Feed::Host(tensor) | Feed::Both(tensor, _) => Ok(tensor.shallow_clone()),
             Feed::Zeros(sizes, kind) => Tensor::f_zeros(sizes, (*kind, device)),
             Feed::Shape(sizes, kind) => {
                 let one = Tensor::f_zeros(vec![1; sizes.len()], (*kind, device));
@@ -117,12 +139,24 @@ impl Feed {
         made.map_err(torch_error("a graph input"))
     }
 
+    /// The tensor on the host; `None` for numbers that only the device reads.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn on_host(&self) -> Result<Option<Tensor>> {
+        match self {
+            Feed::Data(_) => Ok(None),
+            Feed::Both(_, own) => Ok(Some(own.shallow_clone())),
+            Feed::Host(_) | Feed::Zeros(..) | Feed::Shape(..) => self.tensor(Device::Cpu).map(Some),
+        }
+    }
+
     /// The value with its data put elsewhere by `place`.
     ///
     /// Errors: those of `place`.
     pub fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         match self {
             Feed::Data(tensor) => Ok(Feed::Data(place(&tensor)?)),
+            Feed::Both(tensor, own) => Ok(Feed::Both(place(&tensor)?, own)),
             other => Ok(other),
         }
     }
@@ -179,7 +213,12 @@ mod tests {
             &Embedded::text(&[8], 2, vec![0.25; 2], 0, 1),
         ]);
         let step = step.unwrap();
-        let feeds = Feeds::new(given(), false, |id| id == ids[3]);
+        let place = |id| match ids.iter().position(|own| *own == id) {
+            Some(2) => FeedPlace::Both,
+            Some(3) => FeedPlace::Host,
+            _ => FeedPlace::Device,
+        };
+        let feeds = Feeds::new(given(), false, place);
         let values = feeds.of(&step, 2).unwrap();
         let tensors: Vec<Tensor> = values.iter().map(|(_, feed)| feed.tensor(Device::Cpu).unwrap()).collect();
         let sizes: Vec<Vec<i64>> = tensors.iter().map(Tensor::size).collect();
@@ -187,14 +226,21 @@ mod tests {
         assert_eq!(sizes, expected);
         let forms = values.iter().map(|(_, feed)| match feed {
             Feed::Data(_) => "data",
+            Feed::Both(..) => "both",
             Feed::Host(_) => "host",
             Feed::Zeros(..) => "zeros",
             Feed::Shape(..) => "shape",
         });
-        assert_eq!(forms.collect::<Vec<_>>(), ["shape", "shape", "data", "host", "zeros", "host"]);
+        assert_eq!(forms.collect::<Vec<_>>(), ["shape", "shape", "both", "host", "zeros", "host"]);
+        // A copy on another device leaves the one on the host.
+        let mask = feeds.of(&step, 2).unwrap().swap_remove(2).1;
+        let moved = mask.moved(|tensor| Ok(tensor.zeros_like())).unwrap();
+        let sums = [moved.on_host().unwrap().unwrap(), moved.tensor(Device::Cpu).unwrap()];
+        assert_eq!(sums.map(|tensor| tensor.sum(Kind::Int64).int64_value(&[])), [4, 0]);
         // A layer that reads the embeddings gets their values.
-        let values = Feeds::new(given(), true, |_| false).of(&step, 2).unwrap();
+        let values = Feeds::new(given(), true, |_| FeedPlace::Device).of(&step, 2).unwrap();
         let Feed::Data(embeddings) = &values[0].1 else { panic!("{:?}", values[0].1) };
+        assert!(values[0].1.on_host().unwrap().is_none());
         assert_eq!(embeddings.double_value(&[0, 2, 1]), 0.5);
     }
 }

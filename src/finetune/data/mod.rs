@@ -13,7 +13,7 @@ mod teacher;
 
 pub use batch::{Stream, TrainingBatch, TrainingSet, bf16_matrix};
 pub use example::Example;
-pub use feeds::Feeds;
+pub use feeds::{FeedPlace, Feeds};
 pub use frozen_part::{LazySession, RowStore, scan};
 pub use rows::{RowDtype, RowsWriter};
 pub use source::{Conversations, Source, TrainingSample};

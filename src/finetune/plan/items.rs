@@ -67,13 +67,13 @@ impl List<'_> {
 
     /// Where tensors are kept that no product reads: a run on a GPU moves them to the host.
     fn aside(&self) -> Place {
-        if self.inputs.on_gpu { Place::Host } else { Place::Memory }
+        if self.inputs.on_gpu() { Place::Host } else { Place::Memory }
     }
 
     /// The process, and the models that ONNX Runtime runs.
     fn models(&mut self) {
         let (plan, inputs) = (self.plan, self.inputs);
-        let (process, formula) = match inputs.on_gpu {
+        let (process, formula) = match inputs.on_gpu() {
             true => (CUDA_BYTES, "CUDA context, kernels and workspaces"),
             false => (PROCESS_BYTES, "code, graph, file buffers"),
         };
@@ -87,7 +87,7 @@ impl List<'_> {
         self.add(Phase::Teacher, Place::Memory, ONNX_RUNTIME, inputs.sessions.one_at_a_time(), formula);
         if plan.targets.iter().any(|target| target.what == ANSWERS) {
             // The result of a run of the head; on a CPU also the copy that is reduced to the likeliest tokens.
-            let copies = if inputs.on_gpu { 1 } else { 2 };
+            let copies = if inputs.on_gpu() { 1 } else { 2 };
             let logits = LOGIT_BYTES.min(4 * plan.data.answer_tokens * inputs.sizes.vocabulary);
             let formula = format!("{copies} x at most {LOGIT_BYTES}");
             self.add(Phase::Teacher, Place::Memory, "logits of the dense model", copies * logits, formula);

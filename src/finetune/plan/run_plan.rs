@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result, human_bytes, human_count};
+use crate::base::{Device, Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
@@ -99,10 +99,8 @@ pub struct RunPlan {
 
 /// Inputs of a plan.
 pub struct PlanInputs<'a> {
-    /// `cpu` or `cuda:N`.
-    pub device: String,
-    /// True for a GPU.
-    pub on_gpu: bool,
+    /// Device of the training passes.
+    pub device: Device,
     /// Number of CPU cores.
     pub cores: u64,
     /// Settings of the run.
@@ -165,17 +163,17 @@ impl RunPlan {
         let first = inputs.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
         let trained = sizes.trained_elements();
-        let one = inputs.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
+        let one = inputs.on_gpu() || stored || 4 * trained > MOST_GRADIENT_BYTES;
         let longest = data.longest_tokens.max(1);
-        let asked = limits.batch_tokens.unwrap_or(match inputs.on_gpu {
+        let asked = limits.batch_tokens.unwrap_or(match inputs.on_gpu() {
             true => u64::from(settings.batch.size) * longest,
             false => CPU_BATCH_TOKENS,
         });
         let trained_layers = settings.trained_layers(inputs.layers, inputs.layer_count);
         let mut plan = RunPlan {
             schema_version: Self::SCHEMA_VERSION,
-            device: inputs.device.clone(),
-            precision: settings.precision,
+            device: inputs.device.to_string(),
+            precision: settings.precision_on(inputs.device),
             trained: trained_layers.into_iter().map(|layer| layer as u64).collect(),
             frozen_before: first as u64,
             layers_run: (inputs.layer_count - first) as u64,
@@ -324,7 +322,7 @@ impl RunPlan {
             _ => String::new(),
         };
         format!(
-            "plan: {} trained parameters in {} of {} layers run{}, {} steps{}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
+            "plan: {} trained parameters in {} of {} layers run{}, {} steps{} in {}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
             human_count(self.trained_parameters),
             self.trained.len(),
             self.layers_run,
@@ -335,6 +333,7 @@ impl RunPlan {
                 search.learning_rates.len(),
                 search.steps
             )),
+            self.precision.name(),
             self.batch_tokens,
             self.workers,
             if self.gradient_checkpointing { " with gradient checkpointing" } else { "" },
@@ -345,11 +344,16 @@ impl RunPlan {
 }
 
 impl PlanInputs<'_> {
+    /// True for a run on a GPU.
+    pub(super) fn on_gpu(&self) -> bool {
+        self.device != Device::Cpu
+    }
+
     /// Bytes that the dense model's stream for a fit may take. On a GPU it is kept in host memory. On a CPU it may take as
     /// much as the dense model itself, which would otherwise be loaded again during the fit.
     fn target_room(&self) -> u64 {
         let half = self.host_bytes.map_or(TARGET_BYTES, |bytes| bytes / 2);
-        let most = if self.on_gpu { half } else { self.sessions.dense.min(half) };
+        let most = if self.on_gpu() { half } else { self.sessions.dense.min(half) };
         most.max(TARGET_BYTES)
     }
 

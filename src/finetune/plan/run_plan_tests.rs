@@ -77,8 +77,7 @@ fn planned(
     let (image_tokens, image_share, estimated) = (0, 0.0, true);
     let data = PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated };
     let inputs = PlanInputs {
-        device: "cuda:0".to_string(),
-        on_gpu,
+        device: if on_gpu { Device::Cuda(0) } else { Device::Cpu },
         cores: 16,
         settings,
         layers: &layers,
@@ -108,7 +107,7 @@ fn of(plan: &RunPlan, phase: Phase, place: Place) -> u64 {
 fn best_with_adapters_on_all_layers_of_8b_fits_into_22_gb() {
     let settings = RecipeRow::named("best").unwrap().settings().with(|s| {
         (s.lora.rank, s.lora.layers) = (16, LoraLayers::All);
-        s.precision = Precision::Bf16;
+        s.precision = Some(Precision::Bf16);
     });
     let (targets, points) = fitted();
     let limits = Limits { memory: Some(22_000_000_000), cache: Some(64_000_000_000), ..Limits::default() };
@@ -146,7 +145,7 @@ fn best_with_adapters_on_all_layers_of_8b_fits_into_22_gb() {
 fn rows_are_kept_where_the_loaded_models_do_not_fit() {
     let settings = Settings::default().with(|s| {
         s.stages = Stage::only([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
-        (s.lora.rank, s.schedule.epochs, s.precision) = (16, 1, Precision::Bf16);
+        (s.lora.rank, s.schedule.epochs, s.precision) = (16, 1, Some(Precision::Bf16));
     });
     let plan = |memory| {
         let limits = Limits { memory: Some(memory), cache: Some(64_000_000_000), ..Limits::default() };
@@ -181,7 +180,7 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
     let best = Settings::default().with(|s| {
         s.stages = Stage::only(losses);
         s.optimizer.average_last = 0.5;
-        s.precision = Precision::Bf16;
+        s.precision = Some(Precision::Bf16);
     });
     let wide = best.clone().with(|s| s.lora.rank = 16);
     let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
@@ -205,6 +204,30 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
     let state = full.bytes.iter().find(|item| item.what == "optimiser state").unwrap();
     assert_eq!(state.bytes, 8 * full.trained_parameters);
     assert!(full.memory_bytes > 20 * full.trained_parameters);
+}
+
+/// Bf16 halves what is kept of a token, and adds the copies of the trained weights in which products read them.
+#[test]
+fn a_plan_for_a_gpu_is_in_bf16_unless_the_settings_say_f32() {
+    let sizes = eight_billion(false);
+    let in_format = |precision, on_gpu| {
+        let settings = Settings::default().with(|s| s.precision = precision);
+        planned(&settings, &sizes, Limits::default(), (&[], &[], Sessions::default()), on_gpu)
+    };
+    let [gpu, cpu] = [true, false].map(|on_gpu| in_format(None, on_gpu));
+    assert_eq!(gpu, in_format(Some(Precision::Bf16), true));
+    assert_eq!(cpu, in_format(Some(Precision::F32), false));
+    let wide = in_format(Some(Precision::F32), true);
+    assert_eq!([&gpu, &cpu, &wide].map(|plan| plan.precision.name()), ["bf16", "f32", "f32"]);
+    assert!(gpu.line().contains(" in bf16, ") && cpu.line().contains(" in f32, "), "{}", gpu.line());
+    let bytes = |plan: &RunPlan, what: &str| {
+        plan.bytes.iter().filter(|item| item.what == what).map(|item| item.bytes).sum::<u64>()
+    };
+    let logits = 16 * (gpu.batch_tokens / 10) * 151_936;
+    assert_eq!(2 * (bytes(&gpu, "activations") - logits), bytes(&wide, "activations") - logits);
+    assert_eq!(bytes(&gpu, "trained weights"), bytes(&wide, "trained weights"));
+    assert_eq!((bytes(&gpu, "trained weights in bf16") > 0, bytes(&wide, "trained weights in bf16")), (true, 0));
+    assert!(gpu.memory_bytes < wide.memory_bytes);
 }
 
 #[test]

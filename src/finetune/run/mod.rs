@@ -53,7 +53,8 @@ pub fn finetune_with_teacher(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<FinetunedModel> {
-    let settings = request.settings;
+    let settings = &request.settings.clone().for_device(request.device);
+    let request = &Request { settings, ..*request };
     settings.check()?;
     let losses = settings.losses();
     let asked = || losses.keys().copied();
@@ -77,6 +78,8 @@ pub fn finetune_with_teacher(
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
     let mut opened = opened?;
+    // On a GPU the sessions of ONNX Runtime have a limit too where the user set none.
+    let request = &Request { limits: opened.limits, ..*request };
     let dense = opened.dense.take();
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
@@ -234,7 +237,15 @@ pub fn finetune_with_teacher(
 /// The networks of a run: one, or one for each worker of its plan.
 fn compiled(request: &Request<'_>, opened: &Opened, plan: &RunPlan, device: TorchDevice) -> Result<Vec<Student>> {
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
-    let compile = || Student::compile(&opened.cut, opened.suffix.clone(), request.settings.precision, hold, device);
+    let compile = || {
+        Student::compile(
+            &opened.cut,
+            opened.suffix.clone(),
+            request.settings.precision_on(request.device),
+            hold,
+            device,
+        )
+    };
     let mut students = vec![compile()?];
     while (students.len() as u64) < plan.workers {
         let mut twin = compile()?;

@@ -74,7 +74,7 @@ impl Opened {
         let (suffix, first) = (cut.suffix()?, cut.first);
         let mut side = side_inputs(&cut.analysis.model.graph, &suffix)?;
         side.connector = cut.connector.as_ref().map(|connector| connector.input);
-        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request), settings.precision);
+        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request), settings.precision_on(request.device));
         sizes.side_width = side.widths.total() as u64;
         if let (Some(connector), Some(sizes)) = (&mut connector, &sizes.connector) {
             (connector.matrices, connector.parameters) = (sizes.matrices, sizes.elements);
@@ -183,8 +183,7 @@ pub struct Parts<'a> {
 pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
     let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
     Ok(RunPlan::resolve(&PlanInputs {
-        device: request.device.to_string(),
-        on_gpu: request.device != Device::Cpu,
+        device: request.device,
         cores: thread_count() as u64,
         settings: request.settings,
         layers: request.layers,

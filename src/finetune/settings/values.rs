@@ -5,21 +5,38 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result};
+use crate::base::{Device, Error, Result};
 
 use super::learning_rate::LearningRate;
 use crate::finetune::loss::{LossKind, TeacherOutput};
 use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 
 /// Number format of the forward and backward passes. Trained weights and the optimiser's state are always f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Single precision throughout.
-    #[default]
     F32,
     /// Matrix products and activations in bf16; weights, gradients and losses in f32.
     Bf16,
+}
+
+impl Precision {
+    /// The format of a run whose settings name none: bf16 on a GPU, f32 on a CPU.
+    pub fn usual(device: Device) -> Self {
+        match device {
+            Device::Cpu => Precision::F32,
+            Device::Cuda(_) => Precision::Bf16,
+        }
+    }
+
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
 }
 
 /// Rank, scale and seed of adapters.
@@ -201,8 +218,10 @@ pub struct KdSettings {
 pub struct Settings {
     /// Seed for the order of the samples and for the adapters.
     pub seed: u64,
-    /// Number format of matrix products and activations.
-    pub precision: Precision,
+    /// Number format of matrix products and activations: `f32` or `bf16`. When unset, the run takes bf16 on a GPU and f32 on
+    /// a CPU, and its report names the one that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision: Option<Precision>,
     /// Trains the weight of the head in addition to the layers. The authors' released code does so for models whose
     /// head is not tied to the embeddings.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -285,7 +304,7 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             seed: 42,
-            precision: Precision::F32,
+            precision: None,
             train_head: false,
             write_trained: WriteTrained::default(),
             data: DataSettings::default(),
@@ -312,6 +331,17 @@ impl Settings {
     pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
+    }
+
+    /// The number format of a run on `device`.
+    pub fn precision_on(&self, device: Device) -> Precision {
+        self.precision.unwrap_or_else(|| Precision::usual(device))
+    }
+
+    /// These settings with what a run on `device` takes where they leave it open.
+    pub fn for_device(self, device: Device) -> Self {
+        let precision = self.precision_on(device);
+        self.with(|settings| settings.precision = Some(precision))
     }
 
     /// Checks the range of every value.
@@ -497,6 +527,21 @@ mod tests {
         let text = serde_json::to_string(&settings).unwrap();
         assert_eq!(serde_json::from_str::<Settings>(&text).unwrap(), settings);
         assert_eq!(serde_json::from_str::<Settings>("{}").unwrap(), settings);
+    }
+
+    #[test]
+    fn products_are_in_bf16_on_a_gpu_and_in_f32_on_a_cpu_unless_the_settings_name_a_format() {
+        let read = |text: &str| toml::from_str::<Settings>(text).unwrap();
+        let both = |text: &str| [Device::Cpu, Device::Cuda(1)].map(|device| read(text).precision_on(device).name());
+        assert_eq!(both(""), ["f32", "bf16"]);
+        assert_eq!(both("precision = \"f32\""), ["f32", "f32"]);
+        assert_eq!(both("precision = \"bf16\""), ["bf16", "bf16"]);
+        // The settings of a run name what it took, and do so in the form of files that always named it.
+        let taken = |device| toml::to_string(&Settings::default().for_device(device)).unwrap();
+        assert!(taken(Device::Cpu).contains("precision = \"f32\""), "{}", taken(Device::Cpu));
+        assert!(taken(Device::Cuda(0)).contains("precision = \"bf16\""), "{}", taken(Device::Cuda(0)));
+        assert!(!toml::to_string(&Settings::default()).unwrap().contains("precision"));
+        assert!(toml::from_str::<Settings>("precision = \"auto\"").is_err());
     }
 
     #[test]

@@ -291,7 +291,7 @@ fn check_connector(bundle: &Bundle, settings: &Settings) -> Result<()> {
 
 impl Roles {
     fn of(bundle: &Bundle, request: &Finetune) -> Result<Self> {
-        let settings = request.settings.clone();
+        let settings = request.settings.clone().for_device(request.device);
         check_head(bundle, &settings)?;
         match request.trained {
             Trained::Plan { plan, .. } => {

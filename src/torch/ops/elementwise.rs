@@ -98,8 +98,7 @@ fn power(args: &Args) -> OpResult<Tensor> {
     let kind = base.f_kind()?;
     let on_host = exponent.device() == tch::Device::Cpu && !exponent.requires_grad();
     if is_float(kind) && on_host && exponent.numel() == 1 && exponent.dim() <= base.dim() {
-        let exponent = args.float(1)?.unwrap_or(1.0);
-        return Ok(base.f_pow_tensor_scalar(exponent)?);
+        return Ok(base.f_pow_tensor_scalar(exponent.f_reshape([1i64])?.f_double_value(&[0])?)?);
     }
     Ok(base.f_pow(exponent)?.f_to_kind(kind)?)
 }
