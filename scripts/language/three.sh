@@ -28,4 +28,17 @@ else
     heal plain-kd shortgpt plain-kd 3e-4 --epochs 1
     heal plain-kd-alone shortgpt plain-kd-alone 3e-4 --epochs 1
     heal angular-plain-kd angular plain-kd 3e-4 --epochs 1
+    # From there: another rate, weight of the dense model's answers, optimiser, teacher, a map before the gap, other layers.
+    heal angular-5e-4 angular plain-kd 5e-4 --epochs 1
+    heal angular-more-kd angular more-kd 3e-4 --epochs 1
+    heal angular-muon angular muon-kd 3e-3 --epochs 1
+    dense dense-all-16k 1e-4
+    (model=dense-all-16k && heal angular-of-finetuned angular plain-kd 3e-4 --epochs 1)
+    linear
+    measure held-back linear linear
+    heal linear-plain-kd linear plain-kd 3e-4 --epochs 1
+    for layers in 11,12,13,14,15,16,17 13,14,15,16,17,18,19 12,13,14,15,16,17,25 13,14,15,16,17,25,26; do
+        drop "layers-$layers" --drop "$layers"
+        heal "layers-$layers-plain-kd" "layers-$layers" plain-kd 3e-4 --epochs 1
+    done
 fi
