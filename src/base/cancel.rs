@@ -1,7 +1,10 @@
 //! Ctrl-C as a flag that long loops poll.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::error::{Error, Result};
 
@@ -29,6 +32,32 @@ impl Cancel {
             return Err(Error::Interrupted { kept: kept.to_string() });
         }
         Ok(())
+    }
+
+    /// Does the work in a thread of its own, which is left behind when the user asks to stop, and after `limit`; `None` then.
+    ///
+    /// Errors: as [`Cancel::check`]; `Error::Invalid` when the work panicked.
+    pub fn waiting<T: Send + 'static>(
+        &self,
+        kept: &str,
+        limit: Option<Duration>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Option<T>> {
+        let (finished, is_finished) = channel();
+        let begun = Instant::now();
+        thread::spawn(move || drop(finished.send(work())));
+        loop {
+            match is_finished.recv_timeout(Duration::from_millis(50)) {
+                Ok(result) => return Ok(Some(result)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::invalid("a request", "ended without a result"));
+                }
+                Err(RecvTimeoutError::Timeout) => self.check(kept)?,
+            }
+            if limit.is_some_and(|limit| begun.elapsed() > limit) {
+                return Ok(None);
+            }
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use crate::base::{Cancel, Error, Progress, Result, http_agent};
 
 /// Environment variable with the API key.
 pub const JUDGE_KEY: &str = "OPENAI_API_KEY";
+/// What remains of an interrupted run.
+const KEPT: &str = "no report is written";
 /// Number of attempts per question.
 const ATTEMPTS: u32 = 4;
 /// Number of concurrent questions.
@@ -105,7 +107,7 @@ impl Judge {
                             break;
                         }
                         let reply = cancel
-                            .check("no report is written")
+                            .check(KEPT)
                             .and_then(|()| question(number))
                             .and_then(|question| self.ask(agent, key, &question, cancel));
                         // Sending fails when another question has failed for good.
@@ -144,21 +146,24 @@ impl Judge {
         let mut problem = String::new();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
-                std::thread::sleep(pause);
+                let this = pause;
+                cancel.waiting(KEPT, None, move || std::thread::sleep(this))?;
                 pause *= 2;
-                cancel.check("no report is written")?;
             }
-            match self.ask_once(agent, key, question) {
-                Ok(reply) => return Ok(reply),
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Passing(what)) => problem = what,
+            let (judge, agent, key) = (self.clone(), agent.clone(), key.map(str::to_string));
+            let body = self.body(question).to_string();
+            match cancel.waiting(KEPT, None, move || judge.ask_once(&agent, key.as_deref(), body))? {
+                Some(Ok(reply)) => return Ok(reply),
+                Some(Err(Failure::Final(error))) => return Err(error),
+                Some(Err(Failure::Passing(what))) => problem = what,
+                None => {}
             }
         }
         Err(Error::invalid(self.subject(), format!("gave no answer in {ATTEMPTS} attempts: {problem}"))
             .remedy("check the address, and that the server is up; answers are kept by `--predictions`"))
     }
 
-    fn ask_once(&self, agent: &ureq::Agent, key: Option<&str>, question: &ChatQuestion) -> Result<String, Failure> {
+    fn ask_once(&self, agent: &ureq::Agent, key: Option<&str>, body: String) -> Result<String, Failure> {
         let address = match self.url.ends_with("/chat/completions") {
             true => self.url.clone(),
             false => format!("{}/chat/completions", self.url),
@@ -167,7 +172,6 @@ impl Judge {
         if let Some(key) = key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let body = self.body(question).to_string();
         let mut response = request.send(body).map_err(|error| self.unreached(&error.to_string()))?;
         let status = response.status().as_u16();
         let text = response.body_mut().with_config().limit(REPLY_BYTES).read_to_string();

@@ -3,9 +3,9 @@
 //! Source: `huggingface_hub`'s `HfApi.model_info` and `hf_hub_download`, which ask the same addresses.
 
 use std::io::{self, Read};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ureq::http::Response;
 use ureq::{Agent, Body};
@@ -62,19 +62,8 @@ fn awaited<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    let (finished, is_finished) = channel();
-    let begun = Instant::now();
-    thread::spawn(move || drop(finished.send(work())));
-    loop {
-        match is_finished.recv_timeout(Duration::from_millis(50)) {
-            Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Passing("the request failed".to_string())),
-            Err(RecvTimeoutError::Timeout) => cancel.check(KEPT)?,
-        }
-        if begun.elapsed() > limit {
-            return Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64())));
-        }
-    }
+    let done = cancel.waiting(KEPT, Some(limit), work)?;
+    done.unwrap_or_else(|| Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64()))))
 }
 
 /// Bytes that are read at a time.
@@ -327,6 +316,8 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]

@@ -247,6 +247,22 @@ fn a_failing_judge_is_reported_with_the_reason() {
     assert!(error.contains("127.0.0.1:9") && error.contains("check the address"), "{error}");
 }
 
+/// A question counts as failed after 120 s of silence; Ctrl-C does not wait for that, nor for the pause before another attempt.
+#[test]
+fn ctrl_c_ends_the_wait_for_a_judge() {
+    for (status, seconds) in [(0, 0), (500, 60)] {
+        let (address, seen) = serve(move |_, _| (status, String::new()));
+        let mut judge = Judge::new(&address, "m").expect("a judge");
+        judge.pause = Duration::from_secs(seconds);
+        let (cancel, begun) = (Cancel::default(), Instant::now());
+        let stop = cancel.clone();
+        std::thread::spawn(move || seen.recv().map(|_| stop.request()));
+        let error = judge.ask_all(1, question, &cancel).unwrap_err().to_string();
+        assert!(error.contains("no report is written"), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    }
+}
+
 #[test]
 fn replies_keep_the_order_of_their_questions() {
     let (address, _seen) = serve(|_, request| {
