@@ -8,7 +8,8 @@ use crate::ir::{self, AttributeKind, Node, Value, ValueId};
 use crate::rewrite::{FUSED_ATTENTION, FUSED_SILU, INTERNAL_DOMAIN};
 
 use super::operator::LATEST_OPSET;
-use super::program::{Options, Program};
+use super::options::Options;
+use super::program::Program;
 use super::table::operators;
 
 /// One input of a case.

@@ -32,6 +32,7 @@ mod memory;
 mod op_error;
 mod operator;
 mod ops;
+mod options;
 mod precision;
 mod products;
 mod program;
@@ -46,8 +47,9 @@ pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir}
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
 pub use memory::{free_gpu_memory, peak_gpu_memory, pinned, release_cached};
 pub use operator::Operator;
+pub use options::Options;
 pub use precision::MixedPrecision;
-pub use program::{Options, Parameter, Program};
+pub use program::{Parameter, Program};
 pub use ranks::Ranks;
 pub use table::{find_operator, operators, support_table};
 pub use weights::Hold;

@@ -13,48 +13,11 @@ use super::compile::{Compiler, needed_nodes, value_ids};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::host_reads::{HostFacts, HostReads};
 use super::op_error::{OpError, OpResult};
+use super::options::Options;
 use super::products::lowered;
 use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
 use super::step::{CompiledNode, Slot, moved_to, places_read, store};
 use super::weights::{self, FixedTensors, Hold, Shared};
-
-/// Options of compilation.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Device of the tensors; for a GPU use [`super::cuda_device`].
-    pub device: Device,
-    /// Initializers with gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory
-    /// unless `hold` widens them.
-    pub trainable: Vec<ValueId>,
-    /// Initializers that are written to without gradients; copied like the trainable ones.
-    pub writable: Vec<ValueId>,
-    /// The values that runs receive; `None` for the graph's inputs. Any value is allowed; nodes that only lead to it
-    /// are not compiled.
-    pub inputs: Option<Vec<ValueId>>,
-    /// The values that runs compute; `None` for the graph's outputs. Nodes on which none of them depends are not
-    /// compiled. When `inputs` and `outputs` are both `None`, every node is compiled and must be supported.
-    pub outputs: Option<Vec<ValueId>>,
-    /// Kind of matrix products (such as bf16), and of what is computed from a stream that enters in it, but for powers,
-    /// roots and sums, which are computed in f32. With a stream in f32 all but the products are.
-    pub autocast: Option<Kind>,
-    /// Storage of frozen weights.
-    pub hold: Hold,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        let (device, hold) = (Device::Cpu, Hold::default());
-        Options {
-            device,
-            trainable: Vec::new(),
-            writable: Vec::new(),
-            inputs: None,
-            outputs: None,
-            autocast: None,
-            hold,
-        }
-    }
-}
 
 /// A trainable weight: a leaf tensor with gradients. An optimiser may write to it in place between runs.
 #[derive(Debug)]
