@@ -206,7 +206,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = model.open()?;
     steps::warnings(&bundle, &args.data).iter().for_each(|warning| context.output.warn(warning));
     if args.dry_run {
-        let plan = steps::plan_finetune(&request)?;
+        let plan = steps::plan_finetune(&request, &context.cancel)?;
         return dry_run(&plan, context);
     }
     if request.resume && ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0) && interrupted_at(request.work)?.is_none()

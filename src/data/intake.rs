@@ -84,7 +84,7 @@ impl Intake {
 
     /// Reads and encodes the samples with these indices, and leaves out those that cannot be used. Resets the counts.
     ///
-    /// Errors: as `Dataset::read`. Each item: `Error::Invalid` when more than 5% of the samples are unreadable; the
+    /// Errors: as `Dataset::read`. Each item: `Error::Invalid` when more than 5% of the samples, and more than one, are unreadable; the
     /// error of the first unreadable row with `DataOptions::strict`; errors other than `Error::Invalid` and
     /// `Error::Io`, unchanged.
     pub fn encoded<'a>(
@@ -149,7 +149,7 @@ impl Intake {
 
     /// The sums of the counts of all processes that share `asked` samples.
     ///
-    /// Errors: `Error::Invalid` when more than 5% of `asked` samples are unreadable; as `Peers::of_all`.
+    /// Errors: `Error::Invalid` when more than 5% of `asked` samples, and more than one, are unreadable; as `Peers::of_all`.
     pub fn left_out_by_all(&self, peers: Option<&dyn Peers>, asked: usize) -> Result<LeftOut> {
         let mut all = LeftOut::default();
         for own in gathered(peers, self.left_out())? {
@@ -163,9 +163,10 @@ impl Intake {
         Ok(all)
     }
 
-    /// Errors: `Error::Invalid` when more than 5% of `asked` samples are unreadable.
+    /// Errors: `Error::Invalid` when more than 5% of `asked` samples, and more than one, are unreadable.
     fn check(&self, left_out: &LeftOut, asked: usize) -> Result<()> {
-        if left_out.unreadable as f64 <= MOST_UNREADABLE * asked as f64 {
+        let one = if asked > 1 { 1.0 } else { 0.0 };
+        if left_out.unreadable as f64 <= (MOST_UNREADABLE * asked as f64).max(one) {
             return Ok(());
         }
         // The reasons end with remedies of their own.

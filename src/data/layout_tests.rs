@@ -408,11 +408,15 @@ mod intake {
         }
     }
 
-    /// Reads 60 rows, of which the first `broken` have no answer. The number of tokens of a sample is its row number.
     fn pass(broken: usize, strict: bool) -> (Vec<Result<Encoded>>, LeftOut) {
+        pass_over(60, broken, strict)
+    }
+
+    /// Reads so many rows, of which the first `broken` have no answer. The number of tokens of a sample is its row number.
+    fn pass_over(rows: usize, broken: usize, strict: bool) -> (Vec<Result<Encoded>>, LeftOut) {
         let folder = tempfile::tempdir().unwrap();
         let bad = r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#;
-        let lines: Vec<&str> = (0..60).map(|row| if row < broken { bad } else { NONE }).collect();
+        let lines: Vec<&str> = (0..rows).map(|row| if row < broken { bad } else { NONE }).collect();
         let path = write(folder.path(), "x.jsonl", &lines.join("\n"));
         let data = Dataset::open(&path, &DataOptions { strict, ..whole() }).unwrap();
         let bundle = crate::bundle::Bundle::open(
@@ -420,7 +424,7 @@ mod intake {
         )
         .unwrap();
         let intake = Intake::new(&data, &bundle, 50);
-        let indices: Vec<usize> = (0..60).collect();
+        let indices: Vec<usize> = (0..rows).collect();
         let found = intake.encoded(&data, &indices, |sample| Ok(encoded(&sample.id, sample.index))).unwrap().collect();
         (found, intake.left_out())
     }
@@ -442,6 +446,14 @@ mod intake {
         assert!(strict.contains("row 0 of"), "{strict}");
         let many = first(pass(4, false).0);
         assert!(many.contains("x.jsonl`: more than 5% of 60 samples cannot be read"), "{many}");
+        // A single row is never too many, of however few samples.
+        let (found, left_out) = pass_over(4, 1, false);
+        assert_eq!((found.len(), left_out.unreadable), (3, 1));
+        assert!(found.iter().all(Result::is_ok));
+        for (rows, broken) in [(4, 2), (1, 1)] {
+            let many = first(pass_over(rows, broken, false).0);
+            assert!(many.contains(&format!("more than 5% of {rows} samples cannot be read")), "{many}");
+        }
     }
 }
 

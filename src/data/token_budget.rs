@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::base::Result;
+use crate::base::{Cancel, Result};
 
 use super::{Dataset, Encoder};
 
@@ -15,18 +15,20 @@ const COUNTED_TOGETHER: usize = 64;
 /// A data set is read in the order of its files, in which rows of one kind are often neighbours: to stop reading where the
 /// budget is used up would take the first of these.
 ///
-/// Errors: as `Dataset::read`.
+/// Errors: as `Dataset::read`; `Error::Interrupted` on Ctrl-C.
 pub fn within_tokens(
     (dataset, encoder): (&Dataset, &Encoder),
     drawn: &[usize],
     budget: u64,
     max_tokens: u64,
+    cancel: &Cancel,
 ) -> Result<Vec<(usize, u64)>> {
     let mut total = 0;
     let mut taken = Vec::new();
     for chunk in drawn.chunks(COUNTED_TOGETHER) {
         let mut lengths = BTreeMap::new();
         for sample in dataset.read(chunk)? {
+            cancel.check("nothing is written")?;
             // What cannot be read is left out and counted by whoever reads the samples.
             let Ok(sample) = sample else { continue };
             let Ok(encoded) = encoder.conversation(&sample) else { continue };

@@ -80,7 +80,7 @@ impl<'a> Embedder<'a> {
     /// Errors: as `within_tokens`.
     pub fn within_tokens(&self, drawn: &[usize], most_tokens: usize) -> Result<Vec<usize>> {
         let most = most_tokens as u64;
-        let mut taken = within_tokens((self.dataset, &self.encoder), drawn, most, MAX_TOKENS as u64)?;
+        let mut taken = within_tokens((self.dataset, &self.encoder), drawn, most, MAX_TOKENS as u64, self.cancel)?;
         let tokens: u64 = taken.iter().map(|(_, length)| length).sum();
         let used = taken.iter().filter(|(_, length)| *length > 0).count();
         if tokens > most && used > 1 {

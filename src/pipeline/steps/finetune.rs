@@ -87,13 +87,13 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
 /// Computes the plan of a run without running it.
 ///
 /// Errors: as [`finetune`], except those that require reading all data.
-pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
+pub fn plan_finetune(request: &Finetune, cancel: &Cancel) -> Result<RunPlan> {
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     check_connector(&bundle, request.settings)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
-    let indices = drawn(request, &dataset, &encoder)?;
+    let indices = drawn(request, &dataset, &encoder, cancel)?;
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
     let dense = request.teacher.map(ModelSource::open).transpose()?;
@@ -103,12 +103,12 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
 }
 
 /// The samples that are trained on: those of the draw, as far as the budget of tokens goes.
-fn drawn(request: &Finetune, dataset: &Dataset, encoder: &Encoder) -> Result<Vec<usize>> {
+fn drawn(request: &Finetune, dataset: &Dataset, encoder: &Encoder, cancel: &Cancel) -> Result<Vec<usize>> {
     let crate::finetune::DataSettings { share, step_tokens, max_tokens, .. } = request.settings.data;
     let mut indices = dataset.draw(request.subset)?;
     indices.truncate((share * indices.len() as f64).ceil() as usize);
     let Some(budget) = step_tokens else { return Ok(indices) };
-    let taken = within_tokens((dataset, encoder), &indices, budget, u64::from(max_tokens))?;
+    let taken = within_tokens((dataset, encoder), &indices, budget, u64::from(max_tokens), cancel)?;
     Ok(taken.into_iter().map(|(index, _)| index).collect())
 }
 
@@ -148,7 +148,7 @@ pub fn finetune(
     check_connector(&bundle, request.settings)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
-    let indices = drawn(request, &dataset, &encoder)?;
+    let indices = drawn(request, &dataset, &encoder, cancel)?;
     let data = Conversations {
         encoder: &encoder,
         dataset: &dataset,
