@@ -323,7 +323,8 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
     write("broken.tsv", b"index\timage\tquestion\tanswer\tcategory\n0\tbm8gcGljdHVyZQ==\tWhat?\tcat\tA\n");
     let talk = r#""conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
     write("video.jsonl", format!("{{{talk}\n{{\"video\": \"a.mp4\", {talk}\n").as_bytes());
-    write("half.jsonl", format!("{{{talk}\n{{\"image\": \"none.png\", {talk}\n").as_bytes());
+    let broken = format!("{{\"image\": \"none.png\", {talk}\n");
+    write("half.jsonl", format!("{{{talk}\n{broken}{broken}").as_bytes());
     write("not.json", b"{");
     write("recipe.toml", b"modle = 1\n");
     let all = (0..16).map(|layer| layer.to_string()).collect::<Vec<_>>().join(",");
@@ -345,7 +346,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["score", &model, "--data", &data, "--samples", "99999", "-o", "out"], "99999"),
         (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
         (&["score", &model, "--data", "video.jsonl", "-o", "out"], "without a reader: `video`"),
-        (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "-o", "out"], "more than 5% of 2 samples"),
+        (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "-o", "out"], "more than 5% of 3 samples"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "--strict", "-o", "out"], "none.png"),
         (&["score", &model, "--data", "half.jsonl", "--min-rating", "a=1", "-o", "out"], "reaches the ratings"),
         (&["score", &model, "--data", "half.jsonl", "--turns", "some", "-o", "out"], "turns `some`"),
