@@ -10,7 +10,7 @@ use super::component::Component;
 use super::layout::{Role, VARIANTS};
 
 /// Name of the files without a suffix on the command line, as transformers.js calls them.
-const FULL: &str = "fp32";
+pub(super) const FULL: &str = "fp32";
 
 /// Precisions of `export --precision`, with the variants that they write.
 pub const PRECISION_VARIANTS: &[(&str, &str)] =
@@ -57,8 +57,7 @@ impl Variants {
     pub fn choose<'a>(&self, variants: &[&'a Component]) -> Result<Option<&'a Component>> {
         let Some(&first) = variants.first() else { return Ok(None) };
         let Some(wanted) = self.of(first.role) else { return Ok(Some(first)) };
-        let suffix = if wanted == FULL { "" } else { wanted };
-        let found = variants.iter().find(|component| component.variant == suffix);
+        let found = variants.iter().find(|component| component.variant_name() == wanted);
         found.map(|component| Some(*component)).ok_or_else(|| {
             let names: Vec<&str> = variants.iter().map(|component| component.file.as_str()).collect();
             Error::invalid(
