@@ -3,7 +3,6 @@
 use serde::Serialize;
 
 use super::layout::Role;
-use super::variants::FULL;
 
 /// One ONNX file of a folder, with the files of its weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -18,11 +17,4 @@ pub struct Component {
     pub file: String,
     /// Paths of its external data below the folder.
     pub external: Vec<String>,
-}
-
-impl Component {
-    /// Its variant as `--variant` names it.
-    pub fn variant_name(&self) -> &str {
-        if self.variant.is_empty() { FULL } else { &self.variant }
-    }
 }

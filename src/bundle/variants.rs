@@ -10,7 +10,7 @@ use super::component::Component;
 use super::layout::{Role, VARIANTS};
 
 /// Name of the files without a suffix on the command line, as transformers.js calls them.
-pub(super) const FULL: &str = "fp32";
+const FULL: &str = "fp32";
 
 /// Precisions of `export --precision`, with the variants that they write.
 pub const PRECISION_VARIANTS: &[(&str, &str)] =
@@ -72,6 +72,13 @@ impl Variants {
                 }
             })
         })
+    }
+}
+
+impl Component {
+    /// Its variant as `--variant` names it.
+    pub fn variant_name(&self) -> &str {
+        if self.variant.is_empty() { FULL } else { &self.variant }
     }
 }
 
