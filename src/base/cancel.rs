@@ -34,6 +34,21 @@ impl Cancel {
         Ok(())
     }
 
+    /// Waits for this long.
+    ///
+    /// Errors: as [`Cancel::check`], at most 100 ms after the user has asked to stop.
+    pub fn sleep(&self, kept: &str, duration: Duration) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            self.check(kept)?;
+            let left = duration.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Ok(());
+            }
+            thread::sleep(left.min(Duration::from_millis(100)));
+        }
+    }
+
     /// Does the work in a thread of its own, which is left behind when the user asks to stop, and after `limit`; `None` then.
     ///
     /// Errors: as [`Cancel::check`]; `Error::Invalid` when the work panicked.
@@ -82,4 +97,21 @@ pub fn install_ctrl_c() -> Result<Cancel> {
 /// The flag of the installed handler, for waits deep below a verb; a flag that nobody sets without a handler.
 pub(super) fn installed_cancel() -> Cancel {
     INSTALLED.get().cloned().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_lasts_as_asked_and_ends_on_request() {
+        let (cancel, begun) = (Cancel::default(), Instant::now());
+        cancel.sleep("nothing", Duration::from_millis(150)).unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(150));
+        let other = cancel.clone();
+        thread::spawn(move || other.request());
+        let stopped = cancel.sleep("nothing", Duration::from_secs(3600));
+        assert!(matches!(stopped, Err(Error::Interrupted { kept }) if kept == "nothing"));
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
 }

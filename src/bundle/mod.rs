@@ -303,7 +303,8 @@ impl Bundle {
     }
 
     /// SHA-256 of each file on which the computation depends, by path. Documentation and
-    /// interlace's own record are left out. A choice of variants changes nothing, so that digests of one folder agree.
+    /// interlace's own record are left out. A choice among variants that are on disk changes nothing, so that digests of one
+    /// folder agree. Of a model on the hub the chosen files alone are there, and other variants have another digest.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {

@@ -99,6 +99,10 @@ impl Bundle {
             );
         }
         self.unchosen = self.components.extract_if(.., |component| others.contains(&component.file)).collect();
+        // Data that a chosen variant reads too is written.
+        let kept: BTreeSet<&String> = self.components.iter().flat_map(|component| &component.external).collect();
+        let data = self.unchosen.iter().flat_map(|component| &component.external);
+        others.extend(data.filter(|file| !kept.contains(file)).cloned());
         self.left_out.extend(others);
         self.chosen_name = Some(variants.to_string());
         Ok(())

@@ -57,8 +57,7 @@ impl Variants {
     pub fn choose<'a>(&self, variants: &[&'a Component]) -> Result<Option<&'a Component>> {
         let Some(&first) = variants.first() else { return Ok(None) };
         let Some(wanted) = self.of(first.role) else { return Ok(Some(first)) };
-        let suffix = if wanted == FULL { "" } else { wanted };
-        let found = variants.iter().find(|component| component.variant == suffix);
+        let found = variants.iter().find(|component| component.variant_name() == wanted);
         found.map(|component| Some(*component)).ok_or_else(|| {
             let names: Vec<&str> = variants.iter().map(|component| component.file.as_str()).collect();
             Error::invalid(
@@ -73,6 +72,13 @@ impl Variants {
                 }
             })
         })
+    }
+}
+
+impl Component {
+    /// Its variant as `--variant` names it.
+    pub fn variant_name(&self) -> &str {
+        if self.variant.is_empty() { FULL } else { &self.variant }
     }
 }
 

@@ -79,9 +79,9 @@ pub struct Args {
     /// Stop after this number of optimiser steps [default: the end of the last epoch]
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Compute matrix products and activations in this number format; bf16 is faster on GPUs and on processors with bf16
-    /// instructions, and halves the activations' memory [default: bf16 on a GPU, f32
-    /// on a CPU]
+    /// Compute matrix products and activations in this number format; bf16 halves the activations' memory and is faster on GPUs
+    /// of compute capability 8.0 and newer (others have no bf16 units: take f32 there) and on processors with bf16 instructions
+    /// [default: bf16 on a GPU, f32 on a CPU]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
     /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights

@@ -146,8 +146,7 @@ impl Judge {
         let mut problem = String::new();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
-                let this = pause;
-                cancel.waiting(KEPT, None, move || std::thread::sleep(this))?;
+                cancel.sleep(KEPT, pause)?;
                 pause *= 2;
             }
             let (judge, agent, key) = (self.clone(), agent.clone(), key.map(str::to_string));

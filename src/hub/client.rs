@@ -56,14 +56,18 @@ pub(super) struct Client {
 
 /// Does the work in a thread, which is left behind when the user asks to stop or the work is over its time.
 ///
-/// Errors: `Error::Interrupted`; `Failure::Passing` after `limit`.
+/// Errors: `Error::Interrupted`; `Failure::Passing` after `limit`, and when the work panicked.
 fn awaited<T: Send + 'static>(
     cancel: &Cancel,
     limit: Duration,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    let done = cancel.waiting(KEPT, Some(limit), work)?;
-    done.unwrap_or_else(|| Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64()))))
+    match cancel.waiting(KEPT, Some(limit), work) {
+        Ok(Some(done)) => done,
+        Ok(None) => Err(Failure::Passing(format!("the answer took longer than {} s", limit.as_secs_f64()))),
+        Err(error @ Error::Interrupted { .. }) => Err(Failure::Final(error)),
+        Err(error) => Err(Failure::Passing(error.to_string())),
+    }
 }
 
 /// Bytes that are read at a time.
@@ -157,14 +161,7 @@ impl Client {
     ///
     /// Errors: `Error::Interrupted`.
     pub fn wait(&self, number: u32, asked: Duration, cancel: &Cancel) -> Result<()> {
-        let mut left = asked.max(self.pause * 2u32.pow(number.saturating_sub(1)));
-        let step = Duration::from_millis(100);
-        while !left.is_zero() {
-            cancel.check(KEPT)?;
-            thread::sleep(left.min(step));
-            left = left.saturating_sub(step);
-        }
-        Ok(())
+        cancel.sleep(KEPT, asked.max(self.pause * 2u32.pow(number.saturating_sub(1))))
     }
 
     /// The files of the name's revision.
@@ -327,6 +324,9 @@ mod tests {
             Ok(())
         };
         let cancel = Cancel::default();
+        let broken = || -> Result<(), Failure> { std::panic::panic_any("a bug") };
+        let failed = awaited(&cancel, Duration::from_secs(3600), broken);
+        assert!(matches!(failed, Err(Failure::Passing(problem)) if problem.contains("without a result")));
         let begun = Instant::now();
         let late = awaited(&cancel, Duration::from_millis(100), endless);
         assert!(matches!(late, Err(Failure::Passing(problem)) if problem.contains("longer than 0.1 s")));

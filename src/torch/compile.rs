@@ -204,9 +204,9 @@ impl<'m> Compiler<'m> {
             inputs.iter().map(|slot| self.dtypes.get(slot.as_ref()?).copied()).collect();
         let (has_4_bits, autocast) = (self.has_4_bits, self.autocast);
         let mut failed = None;
-        let mut captured_on_host = Vec::new();
+        let mut body_on_host = Vec::new();
         let built = {
-            let mut compile = |body: &Body| match self.body(scope, body, &mut inputs, &mut captured_on_host) {
+            let mut compile = |body: &Body| match self.body(scope, body, &mut inputs, &mut body_on_host) {
                 Ok(block) => Ok(block),
                 Err(error) => {
                     failed = Some(error);
@@ -239,7 +239,7 @@ impl<'m> Compiler<'m> {
                     Some(low) => mixed(row, node, kernel, low),
                     None => kernel,
                 };
-                Ok(Some(CompiledNode { label, row, kernel, inputs, captured_on_host, outputs }))
+                Ok(Some(CompiledNode { label, row, kernel, inputs, body_on_host, outputs }))
             }
             Err(OpError(reason)) => {
                 self.lacks(node, &version.to_string(), reason, label);
@@ -255,7 +255,7 @@ impl<'m> Compiler<'m> {
     }
 
     /// Compiles a sub-graph and appends its captured values to the node's inputs, and to `on_host` the positions of those
-    /// that it reads on the host.
+    /// that it reads on the host, and of the node's inputs with which a loop's first turn begins that it reads there.
     fn body(
         &mut self,
         scope: &NodeScope<'m>,
@@ -298,7 +298,10 @@ impl<'m> Compiler<'m> {
             read(slot, &defined);
         }
         let [read_on_host, _] = places_read(&steps);
-        on_host.extend(captures.iter().filter(|(slot, _)| read_on_host.contains(slot)).map(|(_, position)| *position));
+        // Input N of a body is input N of its `Loop` or `Scan`, or comes of it.
+        let own = inputs.iter().enumerate().map(|(position, slot)| (*slot, position));
+        let received = captures.iter().copied().chain(own);
+        on_host.extend(received.filter(|(slot, _)| read_on_host.contains(slot)).map(|(_, position)| position));
         let declared = body.outputs.iter().map(|&id| declared(scope.graph.value(id).ty.as_ref())).collect();
         Ok(CompiledSubGraph::new(steps, Ports { inputs, outputs, declared }, constants, captures, self.device))
     }
@@ -379,7 +382,7 @@ impl<'m> Compiler<'m> {
                 row,
                 kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
                 inputs: vec![Some(from)],
-                captured_on_host: Vec::new(),
+                body_on_host: Vec::new(),
                 outputs: vec![Some(to)],
             });
         }

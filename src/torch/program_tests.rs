@@ -103,6 +103,45 @@ fn values_that_only_the_host_reads_are_known() {
     assert_eq!(program.host_reads(|_| true), (Vec::new(), Vec::new()));
 }
 
+/// A loop that repeats a row by the number of a mask's tokens, which each turn passes on.
+#[test]
+fn what_a_loop_reads_on_the_host_is_known() {
+    let mut model = Model { ir_version: 10, ..Default::default() };
+    model.opset_imports.insert(String::new(), 21);
+    let graph = &mut model.graph;
+    let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+    let [x, mask, zero, trips, size, last, y] = ["x", "mask", "zero", "trips", "size", "last", "y"].map(&mut value);
+    let [turn, going, by, row, goes_on, next, wide] =
+        ["turn", "going", "by", "row", "goes_on", "next", "wide"].map(&mut value);
+    let node = |op: &str, inputs: &[Option<ValueId>], outputs: &[ValueId]| {
+        let outputs = outputs.iter().copied().map(Some).collect();
+        ir::Node { op_type: op.into(), inputs: inputs.to_vec(), outputs, ..Default::default() }
+    };
+    let body = ir::Body {
+        inputs: vec![turn, going, by, row],
+        nodes: vec![
+            node("Identity", &[Some(going)], &[goes_on]),
+            node("Identity", &[Some(by)], &[next]),
+            node("Expand", &[Some(row), Some(by)], &[wide]),
+        ],
+        outputs: vec![goes_on, next, wide],
+        ..Default::default()
+    };
+    let mut repeat = node("Loop", &[Some(trips), None, Some(size), Some(x)], &[last, y]);
+    repeat.attributes.push(("body".into(), ir::AttributeKind::Graph(body).into()));
+    let ints = |values: &[i64]| ir::Tensor::from_i64(&[values.len() as u64], values);
+    graph.body.initializers = vec![(zero, ints(&[0])), (trips, ints(&[2]))];
+    graph.body.nodes = vec![node("ReduceSum", &[Some(mask), Some(zero)], &[size]), repeat];
+    (graph.body.inputs, graph.body.outputs) = (vec![x, mask], vec![y]);
+    let program = Program::compile(&model, &Options::default()).expect("compile");
+    assert_eq!([size, x].map(|id| program.reads_on_host(id)), [true, false]);
+    assert_eq!(program.host_reads(|id| id == mask), (vec![size], vec![]));
+    assert_eq!(program.host_reads(|_| false), (vec![], vec!["size"]));
+    let given = [(x, Tensor::from_slice(&[7f32])), (mask, Tensor::from_slice(&[1i64, 1, 0]))];
+    let out = program.run(&given, &[y]).expect("run");
+    assert_eq!(Vec::<f32>::try_from(&out[0]).expect("numbers"), [7.0, 7.0]);
+}
+
 /// Tokens of a mask, as a length by which a row of the stream is repeated, and the places of the stream's numbers above 0.
 #[test]
 fn values_that_the_host_reads_are_computed_ahead_or_copied() {

@@ -20,8 +20,8 @@ pub(super) struct CompiledNode {
     pub kernel: Kernel,
     /// Slots of the node's inputs, then of its captured values.
     pub inputs: Vec<Option<Slot>>,
-    /// Positions of inputs that a body of the node captures and reads on the host.
-    pub captured_on_host: Vec<usize>,
+    /// Positions of inputs that a body of the node reads on the host.
+    pub body_on_host: Vec<usize>,
     pub outputs: Vec<Option<Slot>>,
 }
 
@@ -74,7 +74,7 @@ impl CompiledNode {
             "Scan" => false,
             _ => self.row.reads_on_host(index),
         };
-        own || self.captured_on_host.contains(&index)
+        own || self.body_on_host.contains(&index)
     }
 
     /// The error for a failure of this step.

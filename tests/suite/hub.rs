@@ -322,6 +322,31 @@ fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
 }
 
 #[test]
+fn a_plan_holds_for_the_variant_that_it_was_made_with() {
+    let folder = tempfile::tempdir().expect("folder");
+    super::variants::model(folder.path());
+    let mut files = model();
+    let q4 = "onnx/decoder_model_merged_q4.onnx";
+    files.insert(q4.into(), fs::read(folder.path().join("model").join(q4)).expect("a decoder"));
+    let hub = Hub::start(files, Conduct::default());
+    let home = tempfile::tempdir().expect("folder");
+    let run = |arguments: &[&str]| run(home.path(), &hub.address, &[], arguments);
+    let named = ["hf:org/tiny", "--variant", "decoder=q4"];
+    let plan = ["plan", "--drop", "2,5", "-o"];
+    let prune = ["prune", "--plan", "plan.json", "-o", "pruned"];
+    assert_eq!(run(&[&plan[..], &["plan.json", "hf:org/tiny"]].concat()).status.code(), Some(0));
+    let output = run(&[&prune[..], &named].concat());
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    for part in ["with no `--variant`, not with `--variant decoder=q4`", "make it anew with `--variant decoder=q4`"] {
+        assert!(stderr(&output).contains(part), "{part}: {}", stderr(&output));
+    }
+    fs::remove_file(home.path().join("plan.json")).expect("removed");
+    assert_eq!(run(&[&plan[..], &["plan.json"], &named].concat()).status.code(), Some(0));
+    let output = run(&[&prune[..], &named].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
 fn a_pruned_model_names_the_commit_that_it_is_from_and_no_output_lands_in_the_cache() {
     let home = tempfile::tempdir().expect("folder");
     let hub = Hub::start(model(), Conduct::default());

@@ -22,7 +22,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The format of a run whose settings name none: bf16 on a GPU, f32 on a CPU.
+    /// The format of a run whose settings name none: bf16 on a GPU, of whatever compute capability, f32 on a CPU.
     pub fn usual(device: Device) -> Self {
         match device {
             Device::Cpu => Precision::F32,

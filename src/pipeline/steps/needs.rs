@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
-use crate::base::{Error, Result};
+use crate::base::{Error, Provenance, Result};
 use crate::bundle::{Bundle, Component, RecordedStep, Role, SetAside};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
@@ -170,8 +170,26 @@ pub fn variants_warning(bundle: &Bundle, set_aside: &[SetAside]) -> Option<Strin
     })
 }
 
-/// The error for a file that was made for another model. `remedy` applies to a model that was never pruned.
-pub(super) fn of_another_model(subject: String, bundle: &Bundle, remedy: &str) -> Error {
+/// The error for a file that was made for another model, with what the file says of its own. `remedy` applies to a model that
+/// was never pruned.
+pub(super) fn of_another_model(subject: String, made: &Provenance, bundle: &Bundle, remedy: &str) -> Error {
+    let (theirs, own) = (made.variants.get("model").map(String::as_str), bundle.chosen_variants());
+    // Of one commit on the hub, other variants are other files.
+    if let Some(name) = bundle.hub_name()
+        && made.hub.get("model") == Some(&name)
+        && theirs != own
+    {
+        let shown = |variants: Option<&str>| match variants {
+            Some(variants) => format!("`--variant {variants}`"),
+            None => "no `--variant`".to_string(),
+        };
+        let problem = format!("made for other files of `{name}`: with {}, not with {}", shown(theirs), shown(own));
+        return Error::invalid(subject, problem).remedy(format!(
+            "make it anew with {}, or run this with {}",
+            shown(own),
+            shown(theirs)
+        ));
+    }
     let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));
     let problem = format!("made for another model than `{}`", bundle.root().display());
@@ -219,23 +237,26 @@ fn unmet(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
 
 /// Rejects a folder with a second decoder graph.
 fn check_single_decoder(bundle: &Bundle, component: &Component) -> Result<()> {
-    let others: Vec<&str> = bundle
-        .components()
-        .iter()
-        .filter(|other| other.role.is_decoder() && other.file != component.file)
-        .map(|other| other.file.as_str())
-        .collect();
+    let is_other = |other: &&Component| other.role.is_decoder() && other.file != component.file;
+    let others: Vec<&Component> = bundle.components().iter().filter(is_other).collect();
     if others.is_empty() {
         return Ok(());
     }
+    let remedy = match others.iter().all(|other| other.role == component.role) {
+        true => format!(
+            "leave out the others with `--variant {}={}`, and make the variants from the result",
+            component.role.name(),
+            component.variant_name()
+        ),
+        // A choice of variants leaves one graph of each part.
+        false => "export the model with one decoder graph, for prefill and for cached steps".to_string(),
+    };
+    let files: Vec<&str> = others.iter().map(|other| other.file.as_str()).collect();
     Err(Error::unsupported(
-        format!("finetuning `{}` beside {}", component.file, others.join(", ")),
+        format!("finetuning `{}` beside {}", component.file, files.join(", ")),
         "the latter would keep their old weights",
     )
-    .remedy(
-        "finetune a folder with the float decoder alone (`--variant decoder=fp32` leaves out its variants), and make the other \
-         variants from the result",
-    ))
+    .remedy(remedy))
 }
 
 #[cfg(test)]
@@ -260,6 +281,35 @@ mod tests {
             assert!(!work.needs().is_empty(), "{work:?}");
         }
         assert_eq!(NEEDS.len(), all.len());
+    }
+
+    #[test]
+    fn the_remedy_for_a_second_decoder_is_one_that_helps() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+        let model = crate::onnx::load(&fixture.join("onnx/decoder_model_merged.onnx")).unwrap();
+        let error = |decoders: &[&str]| {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::create_dir(folder.path().join("onnx")).unwrap();
+            std::fs::copy(fixture.join("config.json"), folder.path().join("config.json")).unwrap();
+            for name in ["vision_encoder", "embed_tokens"] {
+                let file = format!("onnx/{name}.onnx");
+                std::fs::copy(fixture.join(&file), folder.path().join(&file)).unwrap();
+            }
+            for name in decoders {
+                onnx::save(&model, &folder.path().join(format!("onnx/{name}.onnx")), &onnx::Storage::Inline).unwrap();
+            }
+            check(&Bundle::open(folder.path()).unwrap(), Work::FinetuneOnAnswers).unwrap_err().to_string()
+        };
+        let merged = "decoder_model_merged";
+        for (decoders, named) in [
+            (&[merged, "decoder_model_merged_q4"][..], "`--variant decoder=fp32`"),
+            (&["decoder_model_merged_fp16", "decoder_model_merged_q4"], "`--variant decoder=fp16`"),
+        ] {
+            let error = error(decoders);
+            assert!(error.contains(named), "{error}");
+        }
+        let error = error(&[merged, "decoder_with_past_model"]);
+        assert!(error.contains("one decoder graph") && !error.contains("--variant"), "{error}");
     }
 
     #[test]

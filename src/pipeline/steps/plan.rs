@@ -129,7 +129,7 @@ impl PlannedModel {
         if scores.provenance.inputs.get("model") == Some(&self.digest) {
             return Ok(());
         }
-        Err(of_another_model(subject, &self.bundle, "score this model first"))
+        Err(of_another_model(subject, &scores.provenance, &self.bundle, "score this model first"))
     }
 
     /// Warnings about a plan.

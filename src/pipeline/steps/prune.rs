@@ -263,7 +263,8 @@ fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<
     if let Drop::Plan { plan, digest, file } = drop {
         if plan.provenance.inputs.get("model") != Some(&model) {
             let subject = format!("plan `{}`", file.display());
-            return Err(of_another_model(subject, bundle, "make a plan for this model, or name layers with `--drop`"));
+            let remedy = "make a plan for this model, or name layers with `--drop`";
+            return Err(of_another_model(subject, &plan.provenance, bundle, remedy));
         }
         inputs.insert("plan".to_string(), digest.clone());
     }

@@ -45,6 +45,7 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
             let inputs = turn(iteration, std::mem::take(&mut carried))?;
             let mut outputs = body.run(args, inputs)?.into_iter();
             let condition = outputs.next().ok_or_else(|| OpError::new("the body gives no condition"))?;
+            // A turn waits for the GPU where that computed the condition.
             going = host_ints(&condition)?.first() == Some(&1);
             carried = outputs.by_ref().take(carried_count).collect();
             for (list, value) in scanned.iter_mut().zip(outputs) {
