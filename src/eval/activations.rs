@@ -1,21 +1,23 @@
 //! Sizes of what a graph computes, measured: every value of the graph is an output of a run without optimisations.
 //!
-//! A decoder runs prompts of several lengths. A value's size is a polynomial of the length of degree two at most, that of a score for
-//! each pair of tokens, so three lengths give its size at every length.
+//! A decoder and its head run prompts of several lengths. A value's size is a polynomial of the length of degree two at most,
+//! that of a score for each pair of tokens, so three lengths give its size at every length.
 
-use crate::base::{Result, human_bytes};
+use crate::base::{Cancel, Error, Result, human_bytes};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{Model, Node, ValueId, ValueType};
 use crate::onnx;
-use crate::runtime::{Decoder, Optimisation, Runtime, SessionOptions, Step, TensorValue};
+use crate::runtime::{Decoder, Optimisation, Outputs, Runtime, Session, SessionOptions, Step, TensorValue};
 
 use super::agreement::{Probe, token_types_of};
 use super::checks::{CheckStatus, Checks};
 use super::pixels::pixel_feeds;
-use super::probe::{noise_text, token_ids};
+use super::probe::{noise, noise_text, token_ids};
 
 /// Name of the check.
 const CHECK: &str = "buffers of activations";
+/// What remains after Ctrl-C.
+const KEPT: &str = "no report is written";
 /// Step between the lengths that are run, and the first of them, in tokens.
 const STEP: usize = 8;
 /// Lengths that are run.
@@ -33,66 +35,91 @@ const NO_TENSORS: &[&str] = &[
     "Optional",
 ];
 
+/// True when all values fit, and the finding.
+type Finding = (bool, String);
+
 /// Checks the values that a component computes against a largest buffer.
-pub(super) fn activations(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, checks: &mut Checks) {
+///
+/// Errors: `Error::Interrupted`. Any other error is in the checks: an unsupported graph is not measured, and one that this run
+/// alone cannot load or compute is not known to fit, which fails.
+pub(super) fn activations(
+    bundle: &Bundle,
+    part: &Component,
+    limit: u64,
+    runtime: &Runtime,
+    cancel: &Cancel,
+    checks: &mut Checks,
+) -> Result<()> {
     let found = match part.role {
-        role if role.is_decoder() => of_decoder(bundle, part, limit, runtime),
-        Role::VisionEncoder => of_vision(bundle, part, limit, runtime),
-        _ => return,
-    };
-    match found {
-        Ok((fits, detail)) => {
-            let status = if fits { CheckStatus::Passed } else { CheckStatus::Failed };
-            checks.add(CHECK, &part.file, status, detail);
+        Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
+            of_decoder(bundle, part, limit, runtime, cancel)
         }
-        // The graph cannot be fed or run here, which other checks say.
-        Err(error) => checks.add(CHECK, &part.file, CheckStatus::Unavailable, error.to_string()),
-    }
+        Role::LmHead => of_head(bundle, part, limit, runtime, cancel),
+        Role::VisionEncoder => of_vision(bundle, part, limit, runtime, cancel),
+        Role::EmbedTokens | Role::Projector | Role::TokenPruner | Role::AudioEncoder | Role::ImageGenerator => {
+            let problem = "is not measured: this check runs decoders, their heads and vision encoders";
+            Err(Error::unsupported(part.role.name(), problem))
+        }
+    };
+    note(part, found, checks)
 }
 
-/// The longest prompt of which no value has more bytes than the limit.
-fn of_decoder(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime) -> Result<(bool, String)> {
-    let path = bundle.path_of(part);
+/// Adds the check of a measurement.
+///
+/// Errors: `Error::Interrupted`.
+fn note(part: &Component, found: Result<Finding>, checks: &mut Checks) -> Result<()> {
+    match found {
+        Ok((true, detail)) => checks.add(CHECK, &part.file, CheckStatus::Passed, detail),
+        Ok((false, detail)) => checks.add(CHECK, &part.file, CheckStatus::Failed, detail),
+        Err(error @ Error::Interrupted { .. }) => return Err(error),
+        Err(error) => checks.error(CHECK, &part.file, &error),
+    }
+    Ok(())
+}
+
+/// The longest prompt of which no value of the decoder has more bytes than the limit.
+fn of_decoder(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, cancel: &Cancel) -> Result<Finding> {
+    let shown = Shown::of(onnx::load(&bundle.path_of(part))?);
     let head_dim = bundle.config().and_then(|config| config.head_size());
-    let decoder = Decoder::new(runtime.session(&path, &SessionOptions::default())?, head_dim)?;
-    let shown = Shown::of(onnx::load(&path)?);
-    let mut sizes = Vec::new();
-    for length in LENGTHS {
+    let mut decoder = Decoder::new(shown.session(runtime)?, head_dim)?;
+    shown.longest(limit, cancel, |length, wanted| {
         let ids = token_ids(length, decoder.vocabulary().unwrap_or(16), None);
         let probe = Probe::new(noise_text(&decoder, &ids, 0)?, &decoder, token_types_of(bundle));
-        let mut feeds = decoder.feeds(&Step::prefill(&[&probe.0], false)?)?;
-        let caches = decoder.empty_cache(1)?;
-        for (slot, tensor) in decoder.slots().iter().zip(caches.tensors()) {
-            let shape = tensor.shape();
-            // States of convolutions have a fixed size.
-            let past = match shape.iter().product() {
-                0 => TensorValue::empty(slot.past.dtype, &shape)?,
-                count => TensorValue::from_f32(slot.past.dtype, &shape, vec![0.0; count])?,
-            };
-            feeds.push((slot.past.name.clone(), past));
-        }
-        sizes.push(shown.sizes(&feeds, runtime)?);
-    }
-    let [first, second, third] = &sizes[..] else { return Ok((true, String::new())) };
-    let longest = shown.names.iter().zip(first.iter().zip(second).zip(third));
-    let longest = longest.map(|(name, ((&a, &b), &c))| (longest_prompt([a, b, c], limit), name));
-    let limit = human_bytes(limit);
-    Ok(match longest.min_by_key(|(tokens, _)| *tokens) {
-        Some((0, name)) => (false, format!("{name} has more than {limit} at any length of the prompt")),
-        Some((tokens, name)) if tokens < LONGEST => (
-            true,
-            format!("all values of a prompt of {tokens} tokens fit into {limit}; of a longer one {name} does not"),
-        ),
-        _ => (true, format!("no value grows beyond {limit} with the prompt")),
+        decoder.prefill_added(&Step::prefill(&[&probe.0], false)?, &[], Some(wanted))
+    })
+}
+
+/// The longest prompt of which no value of the head has more bytes than the limit. A head reads one input, hidden states
+/// `[B, T, D]` or `[T, D]`.
+fn of_head(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, cancel: &Cancel) -> Result<Finding> {
+    let shown = Shown::of(onnx::load(&bundle.path_of(part))?);
+    let mut session = shown.session(runtime)?;
+    let unknown = |problem: String| Error::unsupported(session.subject(), problem);
+    let [port] = session.inputs() else {
+        return Err(unknown(format!("has {} inputs, a head has one", session.inputs().len())));
+    };
+    let (port, rank) = (port.clone(), port.rank());
+    let Some(width) = port.width().filter(|&width| width > 0 && (2..=3).contains(&rank)) else {
+        return Err(unknown(format!("does not read hidden states of a fixed width but {}", port.described())));
+    };
+    shown.longest(limit, cancel, |length, wanted| {
+        let free = |axis: usize| if axis + 2 == rank { length } else { 1 };
+        let mut shape: Vec<usize> =
+            (0..rank - 1).map(|axis| port.fixed_size(axis).unwrap_or_else(|| free(axis))).collect();
+        shape.push(width);
+        let hidden = TensorValue::from_f32(port.dtype, &shape, noise(shape.iter().product()))?;
+        session.run(&[(&port.name, &hidden)], Some(wanted))
     })
 }
 
 /// The largest value of one picture.
-fn of_vision(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime) -> Result<(bool, String)> {
+fn of_vision(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, cancel: &Cancel) -> Result<Finding> {
     let path = bundle.path_of(part);
     let (_, feeds) = pixel_feeds(bundle, runtime.session(&path, &SessionOptions::default())?)?;
+    cancel.check(KEPT)?;
     let shown = Shown::of(onnx::load(&path)?);
-    let sizes = shown.sizes(&feeds, runtime)?;
+    let given: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let sizes = sizes(&shown.session(runtime)?.run(&given, Some(&shown.wanted()))?)?;
     let largest = sizes.into_iter().zip(&shown.names).max_by_key(|(size, _)| *size);
     let Some((size, name)) = largest else { return Ok((true, "the graph computes nothing".into())) };
     let pixels = feeds.iter().find(|(name, _)| name.starts_with("pixel")).map(|(_, pixels)| pixels.shape());
@@ -129,19 +156,51 @@ impl Shown {
         Shown { model, names, outputs }
     }
 
-    /// Bytes of each value in a run.
-    fn sizes(&self, feeds: &[(String, TensorValue)], runtime: &Runtime) -> Result<Vec<u64>> {
+    fn session(&self, runtime: &Runtime) -> Result<Session> {
         let options = SessionOptions { optimisation: Optimisation::None, ..SessionOptions::default() };
-        let mut session = runtime.session_of(&self.model, &options)?;
-        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let wanted: Vec<&str> = self.outputs.iter().map(String::as_str).collect();
-        let found = session.run(&feeds, Some(&wanted))?;
-        let bytes = |tensor: &TensorValue| -> Result<u64> {
-            let count = tensor.shape().iter().map(|&size| size as u64).product();
-            Ok(tensor.dtype()?.byte_len(count).unwrap_or(count))
-        };
-        found.iter().map(|(_, tensor)| bytes(tensor)).collect()
+        runtime.session_of(&self.model, &options)
     }
+
+    fn wanted(&self) -> Vec<&str> {
+        self.outputs.iter().map(String::as_str).collect()
+    }
+
+    /// The longest prompt of which no value has more bytes than the limit. `run` gives the wanted values of a prompt of a length
+    /// in tokens.
+    fn longest(
+        &self,
+        limit: u64,
+        cancel: &Cancel,
+        mut run: impl FnMut(usize, &[&str]) -> Result<Outputs>,
+    ) -> Result<Finding> {
+        let wanted = self.wanted();
+        let mut run = |length: usize| {
+            cancel.check(KEPT)?;
+            sizes(&run(length, &wanted)?)
+        };
+        let [first, second, third] = LENGTHS;
+        let (first, second, third) = (run(first)?, run(second)?, run(third)?);
+        let longest = self.names.iter().zip(first.iter().zip(&second).zip(&third));
+        let longest = longest.map(|(name, ((&a, &b), &c))| (longest_prompt([a, b, c], limit), name));
+        let limit = human_bytes(limit);
+        Ok(match longest.min_by_key(|(tokens, _)| *tokens) {
+            Some((0, name)) => (false, format!("{name} has more than {limit} at any length of the prompt")),
+            Some((tokens, name)) if tokens < LONGEST => (
+                true,
+                format!("all values of a prompt of {tokens} tokens fit into {limit}; of a longer one {name} does not"),
+            ),
+            _ => (true, format!("no value grows beyond {limit} with the prompt")),
+        })
+    }
+}
+
+/// Bytes of each value of a run.
+fn sizes(found: &Outputs) -> Result<Vec<u64>> {
+    let bytes = |tensor: &TensorValue| -> Result<u64> {
+        let count = tensor.shape().iter().map(|&size| size as u64).product();
+        Ok(tensor.dtype()?.byte_len(count).unwrap_or(count))
+    };
+    found.iter().map(|(_, tensor)| bytes(tensor)).collect()
 }
 
 /// The most tokens at which a value has at most `limit` bytes, from its bytes at [`LENGTHS`]; [`LONGEST`] without a bound.
@@ -168,7 +227,41 @@ fn longest_prompt([a, b, c]: [u64; 3], limit: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::base::Device;
+
+    fn decoder() -> (Bundle, Component) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+        let bundle = Bundle::open(&folder).expect("a model");
+        let part = bundle.component(Role::Decoder).expect("a decoder").clone();
+        (bundle, part)
+    }
+
+    #[test]
+    fn a_measurement_that_cannot_run_fails_and_one_of_an_unsupported_graph_is_unavailable() {
+        let (_, part) = decoder();
+        for (error, status) in [
+            (Error::engine("ONNX Runtime", "graph", "out of memory"), CheckStatus::Failed),
+            (Error::invalid("graph", "is broken"), CheckStatus::Failed),
+            (Error::unsupported("graph", "has an unknown input"), CheckStatus::Unavailable),
+        ] {
+            let mut checks = Checks(Vec::new());
+            note(&part, Err(error), &mut checks).expect("noted");
+            assert_eq!(checks.0.iter().map(|check| check.status).collect::<Vec<_>>(), [status]);
+        }
+    }
+
+    #[test]
+    fn a_measurement_ends_when_the_user_asks_to_stop() {
+        let (bundle, part) = decoder();
+        let (runtime, cancel) = (Runtime::new(Device::Cpu).expect("ONNX Runtime"), Cancel::default());
+        cancel.request();
+        let mut checks = Checks(Vec::new());
+        let error = activations(&bundle, &part, 1, &runtime, &cancel, &mut checks).expect_err("stopped");
+        assert!(matches!(error, Error::Interrupted { .. }) && checks.0.is_empty(), "{error}");
+    }
 
     #[test]
     fn the_longest_prompt_is_that_of_the_polynomial_through_three_lengths() {

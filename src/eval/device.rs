@@ -1,6 +1,6 @@
 //! Whether a device with a largest buffer, such as WebGPU's, can run a graph.
 
-use crate::base::{Result, human_bytes, list_preview};
+use crate::base::{Cancel, Result, human_bytes, list_preview};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{DataType, Model, WEBGPU_BUFFER_BYTES, large_constants, of_type};
 use crate::onnx;
@@ -32,17 +32,18 @@ impl DeviceLimits {
 
 /// Checks a graph against a device.
 ///
-/// Errors: as `onnx::load`.
+/// Errors: as `onnx::load`; `Error::Interrupted`.
 pub(super) fn device(
     bundle: &Bundle,
     part: &Component,
     limits: DeviceLimits,
     runtime: &Runtime,
+    cancel: &Cancel,
     checks: &mut Checks,
 ) -> Result<()> {
     let model = onnx::load(&bundle.path_of(part))?;
     buffers(part, &model, limits, checks);
-    activations(bundle, part, limits.max_buffer, runtime, checks);
+    activations(bundle, part, limits.max_buffer, runtime, cancel, checks)?;
     if limits.webgpu {
         types(part, &model, checks);
     }

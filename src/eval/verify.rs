@@ -65,7 +65,7 @@ pub fn verify(
             checks.error("graph", &part.file, &error);
         }
         if let Some(limits) = limits {
-            device(&bundle, part, limits, runtime, &mut checks)?;
+            device(&bundle, part, limits, runtime, cancel, &mut checks)?;
         }
         progress.advance(1);
     }

@@ -108,7 +108,11 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     assert_eq!(of(&report, "webgpu positions")[0].status, CheckStatus::Passed);
     assert!(of(&report, "buffers").iter().all(|check| check.detail.contains("every WebGPU device")));
     // The scores of 4 heads take 4 x 4 bytes for each pair of tokens.
-    let [vision, decoder] = &of(&report, "buffers of activations")[..] else { panic!("{report:#?}") };
+    let activations = |report: &VerifyReport, file: &str| {
+        let found = of(report, "buffers of activations").into_iter().find(|check| check.subject.contains(file));
+        found.unwrap_or_else(|| panic!("no measurement of {file} in {:#?}", report.checks))
+    };
+    let [vision, decoder] = ["vision_encoder", "decoder_model_merged"].map(|file| activations(&report, file));
     assert!(decoder.detail.contains("a prompt of 7905 tokens fit into 1.00 GB"), "{decoder:?}");
     // The first product of an MLP gives 384 numbers of 4 bytes for each of 64 patches.
     assert!(vision.detail.contains("[1, 1, 3, 64, 64]") && vision.detail.contains("98.3 kB"), "{vision:?}");
@@ -123,10 +127,32 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     let report = on_webgpu(&small, Some(LIMIT));
     assert!(report.passed, "{:#?}", report.checks);
     // 4 bytes for each of 839 tokens of the vocabulary.
-    let decoder = &of(&report, "buffers of activations")[1].detail;
+    let decoder = activations(&report, "decoder_model_merged").detail;
     assert!(decoder.contains("a prompt of 29 tokens fit") && decoder.contains("`logits`"), "{decoder}");
-    let vision = &of(&on_webgpu(&small, Some(98_303)), "buffers of activations")[0];
+    let vision = activations(&on_webgpu(&small, Some(98_303)), "vision_encoder");
     assert!(vision.status == CheckStatus::Failed && vision.detail.contains("gelu"), "{vision:?}");
+}
+
+/// The logits of a head that is a graph of its own count, and what is not measured is named.
+#[test]
+fn the_logits_of_a_separate_head_are_measured() {
+    let family = Family::open("janus", "janus");
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let of = |limit: u64, file: &str| {
+        let limits = DeviceLimits::new(Some(limit), false);
+        let model = family.here().join("janus");
+        let report = verify(&model.as_path().into(), limits, &runtime, &Cancel::default()).expect("a report");
+        let found =
+            report.checks.iter().find(|check| check.name == "buffers of activations" && check.subject.contains(file));
+        found.unwrap_or_else(|| panic!("no measurement of {file} in {:#?}", report.checks)).clone()
+    };
+    // 4 bytes for each of 326 tokens of the vocabulary.
+    let head = of(100_000, "lm_head");
+    assert_eq!(head.status, CheckStatus::Passed, "{head:?}");
+    assert!(head.detail.contains("a prompt of 76 tokens fit") && head.detail.contains("`logits`"), "{head:?}");
+    assert_eq!(of(1_303, "lm_head").status, CheckStatus::Failed);
+    let embed = of(100_000, "prepare_inputs_embeds");
+    assert!(embed.status == CheckStatus::Unavailable && embed.detail.contains("is not measured"), "{embed:?}");
 }
 
 /// The shipped model's decoder, changed, in a folder of its own.

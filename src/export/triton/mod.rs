@@ -109,16 +109,13 @@ impl Repository<'_> {
             true => Storage::Inline,
             false => Storage::External { file_name: format!("{MODEL_FILE}_data"), chunk_bytes: None },
         };
-        let path = version_folder.join(MODEL_FILE);
-        let mut data = onnx::save(&model, &path, &storage)?;
-        match outputs::note_inferred(&mut model, &path) {
-            Ok(true) => data = onnx::save(&model, &path, &storage)?,
-            Ok(false) => {}
-            Err(error) => self.notes.push(format!(
+        if let Err(error) = outputs::note_inferred(&mut model) {
+            self.notes.push(format!(
                 "the sizes of the outputs of model `{name}` are those of its file, which the server compares with its own: \
                  ONNX Runtime on the processor does not load it here: {error}"
-            )),
+            ));
         }
+        let data = onnx::save(&model, &version_folder.join(MODEL_FILE), &storage)?;
         let size_bytes = size_of(&version_folder, data.iter().map(String::as_str).chain([MODEL_FILE]))?;
         let batch = self.settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE);
         let mut config = config::model_config(&name, &model, batch)?;
