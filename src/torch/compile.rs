@@ -264,6 +264,8 @@ impl<'m> Compiler<'m> {
         on_host: &mut Vec<usize>,
     ) -> Result<CompiledSubGraph> {
         self.enter("a sub-graph")?;
+        // Inputs that a node leaves out at its end have places of their own, in front of captured values.
+        node_inputs.resize(node_inputs.len().max(body.inputs.len()), None);
         let mut constants = Vec::new();
         for (id, tensor) in &body.initializers {
             let value = constant_from_ir(scope.graph.name(*id), tensor)?;

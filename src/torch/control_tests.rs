@@ -64,6 +64,22 @@ fn loops_carry_state_and_collect_scan_outputs() {
     assert_eq!((out[1].size(), floats(&out[1])), (vec![3, 2], vec![-2.0, -4.0, -3.0, -6.0, -4.0, -8.0]));
 }
 
+/// A loop without a condition, neither a value nor an empty name, whose body reads a value from outside.
+#[test]
+fn a_loop_of_one_input_takes_no_outer_value_for_its_condition() {
+    let mut builder = Builder::new().input("x", DataType::Float).input("trips", DataType::Int64);
+    let graph = &mut builder.model.graph;
+    let inputs: Vec<ValueId> = ["i", "going"].iter().map(|name| value_of(graph, name)).collect();
+    let mut nodes = vec![node_of(graph, "Identity", &["going"], &["go_on"]), node_of(graph, "Neg", &["x"], &["seen"])];
+    nodes[0].inputs = vec![Some(inputs[1])];
+    let outputs = nodes.iter().filter_map(|node| node.outputs[0]).collect();
+    let body = Body { inputs, nodes, outputs, ..Default::default() };
+    let model =
+        builder.node("Loop", &["trips"], &["all"]).attribute("body", AttributeKind::Graph(body)).output("all").model;
+    let out = run(&model, &[("x", vector(&[0.0, 2.0])), ("trips", Tensor::from(2i64))]).expect("run");
+    assert_eq!((out[0].size(), floats(&out[0])), (vec![2, 2], vec![0.0, -2.0, 0.0, -2.0]));
+}
+
 #[test]
 fn scans_read_slices_and_carry_state() {
     let mut builder = Builder::new().input("start", DataType::Float).input("rows", DataType::Float);
