@@ -1,5 +1,6 @@
 # Healed on text that the dense model writes itself: it goes on, at temperature 1, from the beginnings of every twelfth block of the
-# three kinds. A part of `run`, whose names and functions it has. Compare with `angular-plain-kd` of `three`.
+# three kinds. A part of `run`, whose names and functions it has. `angular-as-many` is healed on as many
+# tokens of the three kinds.
 angular
 measure held-back dense "$model"
 samples=32 batch=1
@@ -24,3 +25,4 @@ batch=1
 (text=$PWD && train angular-written written angular --layers all --teacher "$model" --recipe best --learning-rate 3e-4 \
     --settings "$settings/plain-kd.toml" --epochs 1)
 measure held-back angular-written angular-written
+heal angular-as-many angular plain-kd 3e-4 --epochs 1
