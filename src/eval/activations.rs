@@ -22,6 +22,8 @@ const KEPT: &str = "no report is written";
 const STEP: usize = 8;
 /// Lengths that are run.
 const LENGTHS: [usize; 3] = [STEP, 2 * STEP, 3 * STEP];
+/// Numbers of the hidden states that a head is given at most.
+const MOST_NUMBERS: usize = 1 << 28;
 /// Longer prompts are not told apart.
 const LONGEST: u64 = 1 << 32;
 /// Operators whose results are no tensors.
@@ -107,7 +109,14 @@ fn of_head(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, can
         let mut shape: Vec<usize> =
             (0..rank - 1).map(|axis| port.fixed_size(axis).unwrap_or_else(|| free(axis))).collect();
         shape.push(width);
-        let hidden = TensorValue::from_f32(port.dtype, &shape, noise(shape.iter().product()))?;
+        // Sizes come from the file.
+        let Some(count) =
+            shape.iter().try_fold(1usize, |all, &size| all.checked_mul(size)).filter(|&n| n <= MOST_NUMBERS)
+        else {
+            let problem = format!("reads hidden states {shape:?}, more than {MOST_NUMBERS} numbers");
+            return Err(Error::unsupported(&part.file, problem));
+        };
+        let hidden = TensorValue::from_f32(port.dtype, &shape, noise(count))?;
         session.run(&[(&port.name, &hidden)], Some(wanted))
     })
 }

@@ -297,14 +297,21 @@ fn a_verb_downloads_the_files_that_it_needs_once_and_records_the_commit() {
     assert_eq!(inspected(&run(home.path(), &hub.address, &[], &["inspect", "hf:org/tiny", "--json"])), first);
 }
 
-#[test]
-fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
+/// The second decoder of [`hub_with_q4`].
+const Q4: &str = "onnx/decoder_model_merged_q4.onnx";
+
+/// A hub whose model has its decoder in four bits too.
+fn hub_with_q4() -> Hub {
     let folder = tempfile::tempdir().expect("folder");
     super::variants::model(folder.path());
     let mut files = model();
-    let q4 = "onnx/decoder_model_merged_q4.onnx";
-    files.insert(q4.into(), fs::read(folder.path().join("model").join(q4)).expect("a decoder"));
-    let hub = Hub::start(files, Conduct::default());
+    files.insert(Q4.into(), fs::read(folder.path().join("model").join(Q4)).expect("a decoder"));
+    Hub::start(files, Conduct::default())
+}
+
+#[test]
+fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
+    let hub = hub_with_q4();
     let named = ["hf:org/tiny", "--variant", "decoder=q4"];
     for (arguments, status) in [
         (&["inspect"][..], 0),
@@ -317,18 +324,13 @@ fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
         let output = run(home.path(), &hub.address, &[], &[arguments, &named].concat());
         assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}", stderr(&output));
         let asked: Vec<String> = hub.asked().into_iter().filter(|path| path.contains("decoder_model_merged")).collect();
-        assert!(asked.len() == 1 && asked[0].ends_with(q4), "{arguments:?}: {asked:?}");
+        assert!(asked.len() == 1 && asked[0].ends_with(Q4), "{arguments:?}: {asked:?}");
     }
 }
 
 #[test]
 fn a_plan_holds_for_the_variant_that_it_was_made_with() {
-    let folder = tempfile::tempdir().expect("folder");
-    super::variants::model(folder.path());
-    let mut files = model();
-    let q4 = "onnx/decoder_model_merged_q4.onnx";
-    files.insert(q4.into(), fs::read(folder.path().join("model").join(q4)).expect("a decoder"));
-    let hub = Hub::start(files, Conduct::default());
+    let hub = hub_with_q4();
     let home = tempfile::tempdir().expect("folder");
     let run = |arguments: &[&str]| run(home.path(), &hub.address, &[], arguments);
     let named = ["hf:org/tiny", "--variant", "decoder=q4"];
