@@ -118,10 +118,10 @@ fn listed(folder: &Path, manifest: &ExportManifest, checks: &mut Checks) -> Resu
 ///
 /// Errors: as `onnx::load` and `torch::read_npz`; `Error::Invalid` when an input has no array or one of another type,
 /// or an array is not an input. The result of the comparison is in the report and is not an error.
-pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
-    let bundle = Bundle::open(path)?;
+pub fn verify_on(source: &ModelSource, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
+    let bundle = source.open()?;
     let [part] = bundle.components() else {
-        return Err(Error::invalid(format!("`{}`", path.display()), "holds several graphs")
+        return Err(Error::invalid(format!("`{source}`"), "holds several graphs")
             .remedy("give the .onnx file that the inputs are for"));
     };
     let model = onnx::load(&bundle.path_of(part))?;
@@ -141,7 +141,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
         feeds.push((port.name.clone(), TensorValue::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
-        let problem = format!("array `{name}` is not an input of `{}`", path.display());
+        let problem = format!("array `{name}` is not an input of `{source}`");
         return Err(Error::invalid(format!("`{}`", inputs.display()), problem)
             .remedy("name the arrays after the graph's inputs"));
     }
@@ -150,8 +150,10 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
     let digests = [("model".to_string(), bundle.digest()?), ("inputs".to_string(), sha256_large_file(inputs)?)];
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
-        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, BTreeMap::from(digests), &settings)?,
-        model: path.display().to_string(),
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, BTreeMap::from(digests), &settings)?
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
+        model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })

@@ -19,7 +19,7 @@ mod vocabulary;
 use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
-use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, Role};
+use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::hub::commit_of;
 
 pub use precision::{
@@ -97,6 +97,11 @@ impl ExportTarget {
     /// True when it reads this flag of `export`.
     pub fn reads(&self, flag: &str) -> bool {
         self.settings.iter().any(|(own, _)| *own == flag)
+    }
+
+    /// True when it writes graphs, which may have fewer bits or a smaller head; false for weights under the names of a checkpoint.
+    pub fn writes_graphs(&self) -> bool {
+        !self.reads(BASE.0)
     }
 }
 
@@ -201,7 +206,7 @@ pub const TARGETS: &[ExportTarget] = &[
         library: "transformers",
         writes_variants: false,
         without_token_pruner: Some("a checkpoint has weights alone"),
-        settings: &[BASE, DENSE, SHARD_SIZE],
+        settings: &[VARIANT, BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
 ];
@@ -263,7 +268,9 @@ fn export_model(
     let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?
         .with_hub("model", bundle.hub_name())
         .with_hub("base", settings.base.as_deref().and_then(commit_of))
-        .with_hub("dense", settings.dense.as_deref().and_then(commit_of));
+        .with_hub("dense", settings.dense.as_ref().and_then(ModelSource::hub_name))
+        .with_variants("model", bundle.chosen_variants())
+        .with_variants("dense", settings.dense.as_ref().and_then(ModelSource::chosen).as_deref());
     let size = ExportManifest::size_bytes(staged.path())?;
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;

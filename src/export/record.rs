@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Provenance, Sha256Digest};
-use crate::bundle::{Component, Role};
+use crate::bundle::{Component, ModelSource, Role};
 use crate::graft::Unmatched;
 use crate::ir::Model;
 
@@ -49,7 +49,7 @@ pub struct ExportSettings {
     pub base: Option<PathBuf>,
     /// The model before it was trained; as above.
     #[serde(skip)]
-    pub dense: Option<PathBuf>,
+    pub dense: Option<ModelSource>,
     /// Reports of `eval` whose scores go into the manifest.
     #[serde(skip)]
     pub reports: Vec<PathBuf>,

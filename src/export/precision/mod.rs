@@ -239,7 +239,7 @@ pub fn export_variants(
     settings: &ExportSettings,
     output: &Path,
 ) -> Result<Export> {
-    if !target.writes_variants && !target.reads("--variant") {
+    if !target.writes_graphs() {
         return Err(Error::invalid("`--precision`", format!("is not read by the target `{}`", target.name))
             .remedy("leave it out: the target writes the weights of a checkpoint in its own types"));
     }
@@ -330,7 +330,9 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         budget.size_bytes = written.iter().filter(|part| part.precision == MIXED).map(|part| part.bytes_after).sum();
     }
     let report = PrecisionReport {
-        provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?,
+        provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         components: written,
         sensitivity,
     };
