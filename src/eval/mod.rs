@@ -3,6 +3,7 @@
 mod activations;
 mod agreement;
 mod bench;
+mod bodies;
 mod chat;
 mod checks;
 mod device;

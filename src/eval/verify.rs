@@ -21,7 +21,7 @@ use super::agreement::{
     rounding_once, rounding_step, token_types_of, worse,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
-use super::device::{DeviceLimits, device};
+use super::device::{DeviceLimits, device, device_of_export};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name};
 use super::pixels::{noise_or_own_picture, pixel_feeds};
@@ -50,7 +50,7 @@ pub fn verify(
 ) -> Result<VerifyReport> {
     let manifest = ExportManifest::read(source.path())?;
     if let Some(manifest) = manifest.as_ref().filter(|manifest| !LOADED_TARGETS.contains(&manifest.target.as_str())) {
-        return verify_manifest(source, manifest, runtime);
+        return verify_manifest(source, manifest, limits, runtime, cancel);
     }
     let bundle = source.open()?;
     let mut checks = Checks(Vec::new());
@@ -72,13 +72,7 @@ pub fn verify(
     cancel.check("no report is written")?;
     whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let mut settings = serde_json::json!({
-        "device": runtime.device().to_string(),
-        "max_buffer_bytes": limits.map(|limits| limits.max_buffer),
-    });
-    if limits.is_some_and(|limits| limits.webgpu) {
-        settings["webgpu"] = true.into();
-    }
+    let settings = settings(limits, runtime);
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
             .with_variants("model", bundle.chosen_variants())
@@ -89,14 +83,34 @@ pub fn verify(
     })
 }
 
-/// Checks an export that is no model folder: its files are those of its manifest.
-fn verify_manifest(source: &ModelSource, manifest: &ExportManifest, runtime: &Runtime) -> Result<VerifyReport> {
+/// The settings in a report.
+fn settings(limits: Option<DeviceLimits>, runtime: &Runtime) -> serde_json::Value {
+    let mut settings = serde_json::json!({
+        "device": runtime.device().to_string(),
+        "max_buffer_bytes": limits.map(|limits| limits.max_buffer),
+    });
+    if limits.is_some_and(|limits| limits.webgpu) {
+        settings["webgpu"] = true.into();
+    }
+    settings
+}
+
+/// Checks an export that is no model folder: its files are those of its manifest, and its graphs fit a device.
+fn verify_manifest(
+    source: &ModelSource,
+    manifest: &ExportManifest,
+    limits: Option<DeviceLimits>,
+    runtime: &Runtime,
+    cancel: &Cancel,
+) -> Result<VerifyReport> {
     let mut checks = Checks(Vec::new());
     listed(source.path(), manifest, &mut checks)?;
+    if let Some(limits) = limits {
+        device_of_export(source.path(), manifest, limits, cancel, &mut checks)?;
+    }
     let inputs = BTreeMap::from([("manifest".to_string(), sha256_file(&source.path().join(MANIFEST_FILE))?)]);
-    let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
-        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings(limits, runtime))?,
         model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,

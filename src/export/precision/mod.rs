@@ -11,7 +11,6 @@ mod int8;
 mod kept;
 mod report;
 mod sensitivity;
-mod types;
 mod weights;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
