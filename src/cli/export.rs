@@ -50,7 +50,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     opset: Option<i64>,
     /// Split tables of embeddings and weights of products above this size, such as 1GB, for devices with a largest buffer;
-    /// another initializer above it is an error [default: 1GB for webgpu, else unchanged]
+    /// another initializer above it is an error. What the graphs compute is measured, and the longest prompt that fits is
+    /// recorded [default: 1GB for webgpu, else unchanged]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     max_buffer: Option<u64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
@@ -213,7 +214,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
     };
     let export = match (args.to, args.precision.is_empty()) {
-        (Some(target), true) => export::export(&bundle, target, &settings, &args.output)?,
+        (Some(target), true) => export::export(&bundle, target, &settings, &args.output, &context.cancel)?,
         (target, _) => {
             let data = args.precision.dataset(&bundle)?;
             let request = args.precision.request(data.as_ref(), &context.cancel);
@@ -226,7 +227,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
                 }
                 return Ok(Outcome::Done);
             };
-            let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
+            let export = export::export_variants(&bundle, &request, target, &settings, &args.output, &context.cancel)?;
             if !output.json {
                 print_precision(&export.precision, export.sensitivity.as_ref(), output)?;
             }

@@ -4,7 +4,7 @@
 //! A decoder and its head run prompts of several lengths. A value's size is a polynomial of the length of degree two at most,
 //! that of a score for each pair of tokens, so three lengths give its size at every length.
 
-use crate::base::{Cancel, Error, Result, human_bytes, list_preview};
+use crate::base::{Cancel, Device, Error, Progress, Result, human_bytes, list_preview};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{DataType, Model, ValueId};
 use crate::onnx;
@@ -12,7 +12,7 @@ use crate::runtime::{Decoder, Optimisation, Outputs, Runtime, Session, SessionOp
 
 use super::agreement::{Probe, token_types_of};
 use super::bodies::{self, Counted, Inside, computed};
-use super::checks::{CheckStatus, Checks};
+use super::checks::{Check, CheckStatus, Checks};
 use super::pixels::pixel_feeds;
 use super::probe::{noise, noise_text, token_ids};
 
@@ -37,6 +37,27 @@ struct Finding {
     /// Bytes of the largest value of a picture.
     largest_bytes: Option<u64>,
     detail: String,
+}
+
+/// True for a component whose values are measured.
+pub fn is_measured(role: Role) -> bool {
+    role.is_decoder() || matches!(role, Role::LmHead | Role::VisionEncoder)
+}
+
+/// Checks the values that components compute against a largest buffer, on the processor, as `verify` does.
+///
+/// Errors: `Error::Interrupted`. Any other error is in the checks.
+pub fn activation_checks(bundle: &Bundle, parts: &[&Component], limit: u64, cancel: &Cancel) -> Result<Vec<Check>> {
+    let mut checks = Checks(Vec::new());
+    let progress = Progress::new("measure", "files", parts.len() as u64);
+    for part in parts {
+        match Runtime::new(Device::Cpu) {
+            Ok(runtime) => activations(bundle, part, limit, &runtime, cancel, &mut checks)?,
+            Err(error) => checks.error(ACTIVATIONS, &part.file, &error),
+        }
+        progress.advance(1);
+    }
+    Ok(checks.0)
 }
 
 /// Checks the values that a component computes against a largest buffer.
@@ -290,7 +311,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::base::Device;
 
     fn decoder() -> (Bundle, Component) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");

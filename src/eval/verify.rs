@@ -30,7 +30,7 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
+pub const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
 /// Largest difference of outputs in tract, whose kernels add in another order.
 const TRACT_TOLERANCE: f64 = 1e-3;
 /// Largest component for tract, in bytes: tract holds all weights in memory.

@@ -105,10 +105,13 @@ impl Stages<'_> {
             }
             let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
             let name = format!("{}{label}", target.name);
+            let (cancel, mut notes) = (self.cancel, Vec::new());
             let done = self.store.step(&name, &name, &inputs, &settings, |path| {
-                export(&source.open()?, target, &settings, path).map(|_| ())
+                notes = export(&source.open()?, target, &settings, path, cancel)?.notes;
+                Ok(())
             })?;
             self.report_step(&name, &done);
+            notes.iter().for_each(|note| self.note(&format!("warning: {name}: {note}")));
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ fn model() -> std::path::PathBuf {
 
 fn to(target: &str, model: &Path, out: &Path) -> interlace::base::Result<Export> {
     let bundle = Bundle::open(model).expect("bundle");
-    export(&bundle, target_named(target).expect("a target"), &ExportSettings::default(), out)
+    export(&bundle, target_named(target).expect("a target"), &ExportSettings::default(), out, &Cancel::default())
 }
 
 fn checks(folder: &Path) -> Vec<Check> {
@@ -123,9 +123,27 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     let small = folder.path().join("small");
     let settings = ExportSettings { max_buffer_bytes: Some(LIMIT), ..ExportSettings::default() };
     let bundle = Bundle::open(&model()).expect("bundle");
-    export(&bundle, target_named("webgpu").expect("a target"), &settings, &small).expect("export");
+    let target = target_named("webgpu").expect("a target");
+    let tight = export(&bundle, target, &settings, &small, &Cancel::default()).expect("export");
     let report = on_webgpu(&small, Some(LIMIT));
     assert!(report.passed, "{:#?}", report.checks);
+    // The export says of itself what `verify` finds, and notes prompts that the model takes and the buffers do not.
+    for (written, report) in [(&written, &on_webgpu(&out, None)), (&tight, &report)] {
+        let mut found = of(report, "buffers of activations");
+        found.retain(|check| check.status != CheckStatus::Unavailable);
+        assert_eq!(written.buffers, found);
+    }
+    let noted = |written: &Export| -> Vec<String> {
+        written.notes.iter().filter(|note| note.contains("fit into")).cloned().collect()
+    };
+    assert!(noted(&written).is_empty(), "the context of 2048 tokens fits: {:?}", written.notes);
+    let [note] = &noted(&tight)[..] else { panic!("{:?}", tight.notes) };
+    for part in ["decoder_model_merged.onnx", "`logits`", "at most 29 tokens", "allows 2048", "chunked prefill"] {
+        assert!(note.contains(part), "{note}");
+    }
+    let recorded = std::fs::read(small.join("interlace-export.json")).expect("a record");
+    let recorded: Export = serde_json::from_slice(&recorded).expect("JSON");
+    assert_eq!((recorded.notes, recorded.buffers), (tight.notes, tight.buffers));
     // 4 bytes for each of 839 tokens of the vocabulary.
     let decoder = activations(&report, "decoder_model_merged").detail;
     assert!(decoder.contains("a prompt of 29 tokens fit") && decoder.contains("`logits`"), "{decoder}");

@@ -19,7 +19,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Progress, Provenance, Result, ScratchDir, Sha256Digest, StagedDir, folder_of};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, ScratchDir, Sha256Digest, StagedDir, folder_of};
 use crate::bundle::{Bundle, BundleWriter, Component, RecordedStep};
 use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
@@ -237,6 +237,7 @@ pub fn export_variants(
     target: &ExportTarget,
     settings: &ExportSettings,
     output: &Path,
+    cancel: &Cancel,
 ) -> Result<Export> {
     if !target.writes_graphs() {
         return Err(Error::invalid("`--precision`", format!("is not read by the target `{}`", target.name))
@@ -259,7 +260,7 @@ pub fn export_variants(
     let name = bundle.name();
     let folder = scratch.path().join(name.rsplit('/').next().unwrap_or(&name));
     let report = write_variants(bundle, request, &folder)?;
-    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report)
+    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report, cancel)
 }
 
 /// Writes a copy of a model folder that has the model in these precisions too, each file under its name with a suffix. In layouts
