@@ -11,7 +11,8 @@ use super::step::{CompiledNode, Slot};
 pub(super) struct HostReads {
     /// Values that depend on what inputs hold that the caller has on the host, and on nothing on the GPU.
     pub ahead: Vec<Slot>,
-    /// Values that depend on what is computed on the GPU, so that a run copies them from it and waits for it.
+    /// Values that depend on what is computed on the GPU, so that a run copies them from it and waits for it; also the first
+    /// output of an operator that copies numbers of its own.
     pub copied: Vec<Slot>,
     /// Values, read or not, that are computed on the host where those of `ahead` are given.
     pub resident: HashSet<Slot>,
@@ -53,6 +54,9 @@ impl HostReads {
                 false => small(slot) || reads.resident.contains(&slot),
             };
             let is_resident = shape_only || inputs().all(is_resident);
+            if step.row.waits && !is_resident {
+                reads.copied.extend(step.outputs.iter().flatten().next());
+            }
             for slot in step.outputs.iter().flatten().copied() {
                 let varies = known.remove(&slot).is_some_and(|known| !known.content);
                 let is_ahead = is_free && varies && on_host.contains(&slot) && named(slot);
@@ -72,7 +76,7 @@ impl HostReads {
             true => held(*slot),
             false => small(*slot) || reads.resident.contains(slot),
         };
-        reads.copied = on_host.iter().copied().filter(|slot| !there(slot)).collect();
+        reads.copied.extend(on_host.iter().copied().filter(|slot| !there(slot)));
         reads.copied.sort_unstable();
         reads
     }

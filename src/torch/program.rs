@@ -12,11 +12,12 @@ use crate::ir::{self, DataType, Dim, Model, ValueId, ValueType};
 use super::compile::{Compiler, needed_nodes, value_ids};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::host_reads::{HostFacts, HostReads};
+use super::kernel::moved_to;
 use super::op_error::{OpError, OpResult};
 use super::options::Options;
 use super::products::lowered;
 use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
-use super::step::{CompiledNode, Slot, moved_to, places_read, store};
+use super::step::{CompiledNode, Slot, places_read, store};
 use super::weights::{self, FixedTensors, Hold, Shared};
 
 /// A trainable weight: a leaf tensor with gradients. An optimiser may write to it in place between runs.

@@ -53,15 +53,16 @@ impl CompiledNode {
         self.compute(&Args { inputs: &inputs })
     }
 
-    /// Runs the operator. In tests, a read on the host of an input that the row does not name as one is a panic: on a GPU
-    /// it would be a copy from the device that [`super::host_reads`] does not know of.
+    /// Runs the operator. In tests, a read on the host that the row does not name is a panic: on a GPU it would be a copy from
+    /// the device that [`super::host_reads`] does not know of.
     fn compute(&self, args: &Args) -> OpResult<Vec<Tensor>> {
         #[cfg(test)]
         let outer = super::kernel::take_reads();
         let results = (self.kernel)(args);
         #[cfg(test)]
         for index in super::kernel::put_reads(outer) {
-            assert!(self.reads_on_host(index), "{} reads input {index} on the host", self.label);
+            let known = index.map_or(self.row.waits, |index| self.reads_on_host(index));
+            assert!(known, "{} reads input {index:?} on the host", self.label);
         }
         results
     }
@@ -104,11 +105,6 @@ pub(super) fn places_read(steps: &[CompiledNode]) -> [HashSet<Slot>; 2] {
         }
     }
     [on_host, elsewhere]
-}
-
-/// A tensor on a device. A copy to a GPU does not wait for what the GPU computes.
-pub(super) fn moved_to(tensor: &Tensor, device: Device) -> Result<Tensor, tch::TchError> {
-    tensor.f_to_device_(device, tensor.f_kind()?, device != Device::Cpu, false)
 }
 
 /// Passes a step's results to `put`.

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
-use super::kernel::{Args, OpError, OpResult, SubGraph};
-use super::step::{CompiledNode, Slot, moved_to, store};
+use super::kernel::{Args, OpError, OpResult, SubGraph, moved_to};
+use super::step::{CompiledNode, Slot, store};
 
 /// Declared type and shape of a sub-graph's output.
 pub(super) struct Declared {
