@@ -196,19 +196,3 @@ fn values_that_the_host_reads_are_computed_ahead_or_copied() {
     let whole = program.run(&[(x, stream), (mask, kept)], &[y]).expect("run");
     assert!(out[0].equal(&whole[0]));
 }
-
-/// The experts of a mixture read on the host how many tokens each of them has.
-#[test]
-fn operators_that_read_numbers_of_their_own_are_known() {
-    let mut model = Model { ir_version: 10, ..Default::default() };
-    model.opset_imports.insert("com.microsoft".into(), 1);
-    let graph = &mut model.graph;
-    let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
-    let [x, router, first, second, y] = ["x", "router", "first", "second", "y"].map(&mut value);
-    let (domain, op_type) = ("com.microsoft".into(), "MoE".into());
-    let inputs = vec![Some(x), Some(router), Some(first), None, Some(second)];
-    graph.body.nodes = vec![ir::Node { domain, op_type, inputs, outputs: vec![Some(y)], ..Default::default() }];
-    (graph.body.inputs, graph.body.outputs) = (vec![x, router, first, second], vec![y]);
-    let program = Program::compile(&model, &Options::default()).expect("compile");
-    assert_eq!(program.host_reads(|_| false), (vec![], vec!["y"]));
-}

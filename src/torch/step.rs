@@ -1,6 +1,7 @@
 //! One compiled node: its operator and the slots of its inputs and outputs.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
@@ -8,9 +9,7 @@ use crate::base::{Error, Result};
 
 use super::kernel::{Args, Kernel, OpError, OpResult};
 use super::operator::Operator;
-
-/// Index of a value in a program. The top-level graph's values come first, in the order of their ids.
-pub(super) type Slot = usize;
+use super::wiring::{BodyWiring, Slot, StepWiring};
 
 /// One compiled node.
 pub(super) struct CompiledNode {
@@ -22,6 +21,7 @@ pub(super) struct CompiledNode {
     pub inputs: Vec<Option<Slot>>,
     /// Positions of inputs that a body of the node reads on the host.
     pub body_on_host: Vec<usize>,
+    pub bodies: Vec<Arc<BodyWiring>>,
     pub outputs: Vec<Option<Slot>>,
 }
 
@@ -76,6 +76,13 @@ impl CompiledNode {
             _ => self.row.reads_on_host(index),
         };
         own || self.body_on_host.contains(&index)
+    }
+
+    /// The step without its kernel.
+    pub(super) fn wiring(&self) -> StepWiring {
+        let on_host = (0..self.inputs.len()).filter(|&index| self.reads_on_host(index)).collect();
+        let (inputs, outputs, bodies) = (self.inputs.clone(), self.outputs.clone(), self.bodies.clone());
+        StepWiring { row: self.row, inputs, outputs, on_host, bodies }
     }
 
     /// The error for a failure of this step.
