@@ -24,9 +24,9 @@ const MOST_WIDENED_BYTES: u64 = 256 << 20;
 /// Above this size of the trained weights, one network trains on all cores, instead of one network per core with its
 /// own gradients.
 const MOST_GRADIENT_BYTES: u64 = 256 << 20;
-/// Tokens of one forward pass on a CPU; a longer sample forms a pass of its own. The value is large enough to keep
-/// matrix products busy and small enough to limit the activations kept for the backward pass.
-const CPU_BATCH_TOKENS: u64 = 512;
+/// Most tokens of one forward pass on a CPU, padding included; a longer sample forms a pass of its own. The value is large
+/// enough to keep matrix products busy and small enough to limit the activations kept for the backward pass.
+const CPU_BATCH_TOKENS: u64 = 640;
 /// Rows below this size are written to disk even when the run reads them once, so that the next run can reuse them.
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
 /// Readers of outputs other than loss terms.
