@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, WriteTrained, interrupted_at, refuse_moved,
+    DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, MOST_BATCH_TOKENS, PlannedBytes, Precision, RECIPES, RecipeRow,
+    Report, RunPlan, Settings, WriteTrained, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};

@@ -110,8 +110,9 @@ impl Place {
             text.parse().map_err(|_| wrong(name, &text, "a number"))
         };
         let size: usize = size.parse().map_err(|_| wrong("WORLD_SIZE", &size, "a number"))?;
-        if size == 0 {
-            return Err(wrong("WORLD_SIZE", "0", "a positive number"));
+        // c10d counts ranks in a C `int`.
+        if size == 0 || c_int::try_from(size).is_err() {
+            return Err(wrong("WORLD_SIZE", &size.to_string(), "a number from 1 to 2147483647"));
         }
         let rank = number("RANK")?;
         if rank >= size {

@@ -64,9 +64,14 @@ fn torchrun_environment_variables_are_read_or_refused_by_name() {
     ];
     let found = place(&all).unwrap().unwrap();
     assert_eq!((found.rank, found.size, found.served, found.prefix.as_str()), (1, 2, true, "interlace/3"));
-    for (name, value) in
-        [("RANK", "2"), ("RANK", "x"), ("MASTER_PORT", "99999"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "")]
-    {
+    for (name, value) in [
+        ("RANK", "2"),
+        ("RANK", "x"),
+        ("MASTER_PORT", "99999"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "4294967298"),
+        ("LOCAL_RANK", ""),
+    ] {
         let changed: Vec<_> = all.iter().map(|&(key, old)| (key, if key == name { value } else { old })).collect();
         let error = place(&changed).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("torchrun"), "{error}");
