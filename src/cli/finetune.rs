@@ -10,8 +10,8 @@ use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::{ModelSource, Variants};
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, WriteTrained, interrupted_at, refuse_moved,
+    DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, MOST_BATCH_TOKENS, PlannedBytes, Precision, RECIPES, RecipeRow,
+    Report, RunPlan, Settings, WriteTrained, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -108,8 +108,8 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", value_parser = amount)]
     memory: Option<u64>,
     /// Run at most this many tokens in one forward pass, padding included, longer samples aside; it changes results by
-    /// rounding only [default: 512 on a CPU, a batch of the longest samples on a GPU]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    /// rounding only [default: 640 on a CPU, a batch of the longest samples on a GPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_BATCH_TOKENS))]
     batch_tokens: Option<u64>,
     /// Keep at most this many bytes of the frozen layers' output and the dense model's targets on disk, as in 8GB; where
     /// they have no room, or are read only once, they are computed each time that they are needed [default: a fifth of

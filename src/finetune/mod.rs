@@ -21,7 +21,7 @@ pub use checkpoint::{clear_work, interrupted_at, remove_cache_only_folder};
 pub use data::{Conversations, Source, Teacher, TrainingSample};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};
-pub use plan::{Limits, PlannedBytes, RunPlan};
+pub use plan::{Limits, MOST_BATCH_TOKENS, PlannedBytes, RunPlan};
 pub use record::{LayerFit, RateTrial, StepMetrics};
 pub use run::{FinetunedModel, Report, Request, finetune, finetune_with_teacher, plan_run};
 pub use settings::{

@@ -241,3 +241,36 @@ fn a_token_budget_takes_the_first_samples_of_the_draw() {
     assert!(count(&rest) > 0 && count(&rest) < count(&whole));
     assert!(sequences("apart.json") > 0 && sequences("apart.json") < sequences("all.json"));
 }
+
+/// Numbers that no run can have are refused by their names, and a fit of one sample says what it lacks, once.
+#[test]
+fn wrong_sizes_are_refused_and_a_fit_without_a_held_out_sample_says_so() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let run = |arguments: &[&str], code: i32| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
+        stderr(&output)
+    };
+    run(&["plan", &model, "--drop", "2,9", "-o", "plan.json"], 0);
+    run(&["prune", &model, "--plan", "plan.json", "-o", "pruned"], 0);
+    let finetune = |more: &[&str], code: i32| {
+        let data = fixture("data/finetune-small.parquet");
+        let all = ["finetune", "pruned", "--plan", "plan.json", "--data", &data, "--teacher", &model];
+        run(&[&all[..], more].concat(), code)
+    };
+    let settings = "[batch]\nsize = 2147483648\naccumulation_steps = 2147483648\n[data]\ngroup_by_length = true\n";
+    fs::write(here.join("large.toml"), settings).expect("settings");
+    let error = finetune(&["--settings", "large.toml", "-o", "out"], 2);
+    assert!(error.contains("`batch.size`: is 2147483648, must be at most 1048576"), "{error}");
+    let error = finetune(&["--batch-tokens", "9223372036854775808", "--dry-run", "-o", "out"], 2);
+    assert!(error.contains("--batch-tokens") && error.contains("16777216"), "{error}");
+    for (recipe, out) in [("fast", "fast-out"), ("best", "best-out")] {
+        let said = finetune(
+            &["--recipe", recipe, "--samples", "1", "--max-steps", "2", "--learning-rate", "1e-4", "-o", out],
+            0,
+        );
+        assert_eq!(said.matches("the fit has a single sample and holds none out").count(), 1, "{recipe}: {said}");
+    }
+}

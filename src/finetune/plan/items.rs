@@ -182,10 +182,10 @@ impl List<'_> {
         let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
         self.add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, inputs);
-        self.add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
+        self.add(Phase::Steps, Place::Memory, "activations", workers.saturating_mul(bytes), formula);
         if let Some(connector) = &sizes.connector {
             let (bytes, formula) = connector_activations(plan, connector);
-            self.add(Phase::Steps, Place::Memory, "connector's activations", workers * bytes, formula);
+            self.add(Phase::Steps, Place::Memory, "connector's activations", workers.saturating_mul(bytes), formula);
         }
         if plan.search.is_some() {
             let written = elements + sizes.written;
@@ -208,7 +208,7 @@ impl List<'_> {
 fn passes_per_step(plan: &RunPlan, settings: &Settings) -> u64 {
     let PlannedData { samples, tokens, .. } = plan.data;
     let tokens = (settings.samples_per_step() as u64).min(samples) * tokens / samples.max(1);
-    tokens.div_ceil((plan.batch_tokens * plan.workers).max(1))
+    tokens.div_ceil(plan.batch_tokens.saturating_mul(plan.workers).max(1))
 }
 
 /// Bytes of the activations of a connector in a pass of the samples with the largest share of image tokens, with the formula.
@@ -218,7 +218,7 @@ fn connector_activations(plan: &RunPlan, connector: &ConnectorSizes) -> (u64, St
     let (rows, keys) = (connector.rows_of(tokens), connector.rows.0);
     let numbers = connector.width + connector.activations.kept.at(keys) + 2 * connector.activations.widest.at(keys);
     let formula = format!("{width} x {rows} rows of features x {numbers} numbers, for {tokens} image tokens");
-    (width * rows * numbers, formula)
+    (width.saturating_mul(rows).saturating_mul(numbers), formula)
 }
 
 /// Bytes of activations and logits that a pass holds for its backward pass, with the formula.
@@ -239,8 +239,8 @@ fn activations(plan: &RunPlan, inputs: &PlanInputs<'_>) -> (u64, String) {
         };
     let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
     let looks = inputs.settings.looks_at_answers();
-    let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
+    let logits = if looks { (4 * LOGIT_COPIES * answers).saturating_mul(sizes.vocabulary) } else { 0 };
     let formula =
         format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
-    (width * tokens * kept + logits, formula)
+    ((width * tokens).saturating_mul(kept).saturating_add(logits), formula)
 }

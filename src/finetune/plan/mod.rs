@@ -11,7 +11,7 @@ mod sessions;
 mod sizes;
 mod step_range;
 
-pub use limits::Limits;
+pub use limits::{Limits, MOST_BATCH_TOKENS};
 pub use order::StepSamples;
 pub use planned::{PlannedBytes, PlannedConnector, PlannedData};
 pub use points::{Point, anchor_points, points};

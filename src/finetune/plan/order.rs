@@ -25,7 +25,7 @@ pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<StepSamp
     order.shuffle(&mut rng);
     let per_step = settings.samples_per_step();
     if settings.data.group_by_length {
-        for group in order.chunks_mut(per_step * STEPS_PER_GROUP) {
+        for group in order.chunks_mut(per_step.saturating_mul(STEPS_PER_GROUP)) {
             group.sort_by_key(|&sample| std::cmp::Reverse(lengths[sample]));
         }
     }

@@ -9,7 +9,7 @@ use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
 use crate::torch::Ranks;
 
-use super::limits::Limits;
+use super::limits::{Limits, MOST_BATCH_TOKENS};
 use super::planned::{
     ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedConnector, PlannedData, PlannedFit,
     PlannedSearch, PlannedStage, PlannedTarget,
@@ -24,9 +24,9 @@ const MOST_WIDENED_BYTES: u64 = 256 << 20;
 /// Above this size of the trained weights, one network trains on all cores, instead of one network per core with its
 /// own gradients.
 const MOST_GRADIENT_BYTES: u64 = 256 << 20;
-/// Tokens of one forward pass on a CPU; a longer sample forms a pass of its own. The value is large enough to keep
-/// matrix products busy and small enough to limit the activations kept for the backward pass.
-const CPU_BATCH_TOKENS: u64 = 512;
+/// Most tokens of one forward pass on a CPU, padding included; a longer sample forms a pass of its own. The value is large
+/// enough to keep matrix products busy and small enough to limit the activations kept for the backward pass.
+const CPU_BATCH_TOKENS: u64 = 640;
 /// Rows below this size are written to disk even when the run reads them once, so that the next run can reuse them.
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
 /// Readers of outputs other than loss terms.
@@ -166,9 +166,10 @@ impl RunPlan {
         let one = inputs.on_gpu() || stored || 4 * trained > MOST_GRADIENT_BYTES;
         let longest = data.longest_tokens.max(1);
         let asked = limits.batch_tokens.unwrap_or(match inputs.on_gpu() {
-            true => u64::from(settings.batch.size) * longest,
+            true => u64::from(settings.batch.size).saturating_mul(longest),
             false => CPU_BATCH_TOKENS,
         });
+        let workers = if one { 1 } else { limits.workers.unwrap_or(inputs.cores).max(1) };
         let trained_layers = settings.trained_layers(inputs.layers, inputs.layer_count);
         let mut plan = RunPlan {
             schema_version: Self::SCHEMA_VERSION,
@@ -189,9 +190,9 @@ impl RunPlan {
             stages: inputs.stages(),
             data: data.clone(),
             targets: inputs.targets(!streamed),
-            workers: if one { 1 } else { limits.workers.unwrap_or(inputs.cores) },
-            threads: if one { inputs.cores } else { 1 },
-            batch_tokens: asked.max(longest),
+            workers,
+            threads: (inputs.cores / workers).max(1),
+            batch_tokens: asked.min(MOST_BATCH_TOKENS).max(longest),
             streamed,
             cache_limit_bytes: limits.cache.unwrap_or(inputs.cache_bytes),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
@@ -228,6 +229,7 @@ impl RunPlan {
         }
         while !fits(self) && self.workers > 1 {
             self.workers /= 2;
+            self.threads = (inputs.cores / self.workers).max(1);
         }
     }
 
@@ -239,7 +241,9 @@ impl RunPlan {
         let own = [self.workers, self.batch_tokens, u64::from(self.gradient_checkpointing)];
         let first = ranks.from_first(&own.map(u64::to_le_bytes).concat())?;
         if let [workers, batch_tokens, checkpointing] = *first.as_chunks::<8>().0 {
-            self.workers = u64::from_le_bytes(workers);
+            // The cores of this process, divided among the first one's number of networks.
+            let (cores, workers) = (self.workers * self.threads, u64::from_le_bytes(workers).max(1));
+            (self.workers, self.threads) = (workers, (cores / workers).max(1));
             self.batch_tokens = u64::from_le_bytes(batch_tokens);
             self.gradient_checkpointing = u64::from_le_bytes(checkpointing) == 1;
         }
@@ -483,7 +487,9 @@ impl PlanInputs<'_> {
         }
         let read_by = by_terms(TeacherOutput::Logits);
         if !read_by.is_empty() {
-            let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
+            // A graph that does not say the size of its vocabulary has no limit.
+            let most = if self.sizes.vocabulary > 0 { self.sizes.vocabulary } else { u64::MAX };
+            let bytes = (8 * u64::from(self.settings.kd.top_k).min(most)).saturating_mul(answer_tokens);
             let what = ANSWERS.to_string();
             targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps });
         }

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value as Json;
+
 use super::*;
 use crate::analysis::Projection;
 use crate::finetune::loss::LossKind;
 use crate::finetune::plan::activations::{Kept, Width};
+use crate::finetune::plan::order;
 use crate::finetune::settings::{LoraLayers, RecipeRow, Stage};
 use crate::ir::{Graph, Value};
 
@@ -248,4 +251,110 @@ fn a_memory_limit_makes_passes_smaller_and_keeps_the_step() {
     assert_eq!((free.fits, tight.fits), (None, Some(true)));
     assert!(tight.batch_tokens < free.batch_tokens && tight.batch_tokens >= 1500);
     assert_eq!(tight.stages, free.stages);
+}
+
+/// Fewer networks leave no core idle: each gets its part of them.
+#[test]
+fn networks_share_all_cores_however_many_there_are() {
+    let small = Sizes { trained: vec![vec![4096, 4096]], hidden_size: 4096, vocabulary: 32_000, ..Sizes::default() };
+    let of = |memory, workers| {
+        let limits = Limits { memory, workers, ..Limits::default() };
+        planned(&Settings::default(), &small, limits, (&[], &[], Sessions::default()), false)
+    };
+    let (free, tight) = (of(None, None), of(Some(2_000_000_000), None));
+    assert_eq!((free.workers, free.threads), (16, 1));
+    assert!(tight.fits == Some(true) && tight.workers < 16, "{}", tight.line());
+    assert_eq!(tight.workers * tight.threads, 16);
+    let few = of(None, Some(3));
+    assert_eq!((few.workers, few.threads), (3, 5));
+}
+
+/// Paths of all numbers in a JSON value.
+fn numbers_of(value: &Json, path: &str, found: &mut Vec<String>) {
+    match value {
+        Json::Number(_) => found.push(path.to_string()),
+        Json::Object(members) => members.iter().for_each(|(key, own)| numbers_of(own, &format!("{path}/{key}"), found)),
+        Json::Array(items) => {
+            items.iter().enumerate().for_each(|(at, own)| numbers_of(own, &format!("{path}/{at}"), found))
+        }
+        _ => {}
+    }
+}
+
+/// Every number in the settings, alone and beside every other one, at the ends of what its type holds: it is refused by
+/// its name, or it plans a run whose memory has not wrapped round to a small number.
+#[test]
+fn settings_of_any_size_are_refused_or_planned() {
+    let settings = Settings::default().with(|s| {
+        (s.data.step_tokens, s.schedule.max_steps, s.fit.tokens) = (Some(1000), Some(10), Some(1000));
+        s.stages = Stage::only([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
+        s.data.group_by_length = true;
+        s.fit.enabled = true;
+    });
+    let json = serde_json::to_value(&settings).unwrap();
+    let mut paths = Vec::new();
+    numbers_of(&json, "", &mut paths);
+    assert!(paths.len() >= 22 && paths.contains(&"/batch/accumulation_steps".to_string()), "{paths:?}");
+    let (lengths, (targets, points), sizes) = ([10; 50], fitted(), eight_billion(false));
+    let memory = |settings: &Settings| -> Vec<u64> {
+        order::epoch(settings, &lengths, 0);
+        StepRange::each(settings, lengths.len(), 27);
+        TrialPlan::of(settings, lengths.len(), 27);
+        let plan = |on_gpu| planned(settings, &sizes, Limits::default(), (&targets, &points, SESSIONS), on_gpu);
+        [true, false].map(|on_gpu| plan(on_gpu).memory_bytes).to_vec()
+    };
+    let least = memory(&settings);
+    let largest: Vec<Json> = [1e30, 1e300]
+        .map(Json::from)
+        .into_iter()
+        .chain([u64::from(u32::MAX), 1 << 31, 1 << 40, 1 << 20, i64::MAX as u64, u64::MAX].map(Json::from))
+        .collect();
+    let smallest = [Json::from(0), Json::from(1), Json::from(-1), Json::from(1e-300)];
+    let mut planned_at = Vec::new();
+    for (path, value) in paths.iter().flat_map(|path| largest.iter().chain(&smallest).map(move |value| (path, value))) {
+        let mut changed = json.clone();
+        *changed.pointer_mut(path).unwrap() = value.clone();
+        let Ok(settings) = serde_json::from_value::<Settings>(changed) else { continue };
+        if let Err(error) = settings.check() {
+            let name = path.rsplit('/').find(|part| part.parse::<u32>().is_err()).unwrap();
+            assert!(error.to_string().contains(name), "{path} = {value}: {error}");
+            continue;
+        }
+        let found = memory(&settings);
+        if largest.contains(value) {
+            assert!(found.iter().zip(&least).all(|(found, least)| found >= least), "{path} = {value}: {found:?}");
+            planned_at.push((path, value));
+        }
+    }
+    for ((one, value), (other, beside)) in planned_at.iter().flat_map(|a| planned_at.iter().map(move |b| (a, b))) {
+        let mut changed = json.clone();
+        *changed.pointer_mut(one).unwrap() = (*value).clone();
+        *changed.pointer_mut(other).unwrap() = (*beside).clone();
+        let Ok(settings) = serde_json::from_value::<Settings>(changed) else { continue };
+        if settings.check().is_ok() {
+            let found = memory(&settings);
+            assert!(found.iter().zip(&least).all(|(found, least)| found >= least), "{one}, {other}: {found:?}");
+        }
+    }
+}
+
+/// Limits of any size plan a run. No limit of tokens makes a plan of less memory than a smaller one.
+#[test]
+fn limits_of_any_size_are_planned() {
+    let of = |limits, on_gpu| {
+        planned(&Settings::default(), &eight_billion(false), limits, (&[], &[], Sessions::default()), on_gpu)
+    };
+    for on_gpu in [true, false] {
+        let tokens = [1, 4096, MOST_BATCH_TOKENS, 1 << 63, u64::MAX];
+        let memory = tokens.map(|tokens| {
+            of(Limits { batch_tokens: Some(tokens), memory: Some(1 << 40), ..Limits::default() }, on_gpu).memory_bytes
+        });
+        assert!(memory.is_sorted(), "{memory:?}");
+        for most in [0, 1, u64::MAX] {
+            let limits = Limits { memory: Some(most), cache: Some(most), workers: Some(most), ..Limits::default() };
+            let plan = of(limits, on_gpu);
+            assert_eq!(plan.fits, Some(most == u64::MAX), "{most}: {}", plan.line());
+            assert!(plan.workers >= 1 && plan.threads >= 1);
+        }
+    }
 }

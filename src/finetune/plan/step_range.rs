@@ -25,11 +25,9 @@ impl StepRange {
     /// layer takes all epochs.
     pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
         let steps = steps(settings, samples);
-        let total = settings.schedule.max_steps.map_or(steps * layers as u64, |_| steps);
-        let until = |layer: usize| match settings.schedule.max_steps {
-            Some(_) => total * layer as u64 / layers.max(1) as u64,
-            None => steps * layer as u64,
-        };
+        let total = settings.schedule.max_steps.map_or(steps.saturating_mul(layers as u64), |_| steps);
+        // In 128 bits: steps times layers may not fit into 64.
+        let until = |layer: usize| (u128::from(total) * layer as u128 / layers.max(1) as u128) as u64;
         (0..layers)
             .map(|layer| StepRange { before: until(layer), steps: until(layer + 1) - until(layer), total })
             .collect()
@@ -37,7 +35,7 @@ impl StepRange {
 
     /// Steps of the run at the end of this part.
     pub fn end(&self) -> u64 {
-        self.before + self.steps
+        self.before.saturating_add(self.steps)
     }
 }
 
@@ -65,17 +63,17 @@ impl TrialPlan {
             LearningRate::Auto(_) => {
                 // A quarter of the epoch, limited to the samples needed to tell rates apart.
                 let held_out_steps = if pass > 1 { pass.div_ceil(4).min(HELD_OUT_STEPS) } else { 0 };
-                let steps = (pass - held_out_steps).min(TRIAL_STEPS) * layers;
+                let steps = (pass - held_out_steps).min(TRIAL_STEPS).saturating_mul(layers);
                 TrialPlan { max_steps: Some(most.map_or(steps, |most| most.min(steps))), held_out_steps }
             }
-            _ => TrialPlan { max_steps: most.map(|most| most.min(pass * layers)), held_out_steps: 0 },
+            _ => TrialPlan { max_steps: most.map(|most| most.min(pass.saturating_mul(layers))), held_out_steps: 0 },
         }
     }
 }
 
 /// Optimiser steps of the settings, for all layers together or for each layer.
 fn steps(settings: &Settings, samples: usize) -> u64 {
-    let all = || order::steps_per_epoch(settings, samples) * u64::from(settings.schedule.epochs);
+    let all = || order::steps_per_epoch(settings, samples).saturating_mul(u64::from(settings.schedule.epochs));
     if settings.trains() { settings.schedule.max_steps.unwrap_or_else(all) } else { 0 }
 }
 

@@ -54,7 +54,12 @@ impl LearningRate {
             LearningRate::Several(rates) if rates.is_empty() => wrong("is an empty list".to_string()),
             LearningRate::One(_) | LearningRate::Several(_) => {
                 let rates = self.candidates(OptimizerKind::AdamW);
-                match rates.iter().find(|rate| !(**rate > 0.0 && rate.is_finite())) {
+                // Steps compute in f32.
+                let fits = |rate: f64| rate as f32 > 0.0 && (rate as f32).is_finite();
+                match rates.iter().find(|rate| !fits(**rate)) {
+                    Some(rate) if *rate > 0.0 && rate.is_finite() => {
+                        wrong(format!("is {rate:?}, must be in the range of f32"))
+                    }
                     Some(rate) => wrong(format!("is {rate}, must be above 0")),
                     None => Ok(()),
                 }

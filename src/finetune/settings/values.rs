@@ -11,6 +11,10 @@ use super::learning_rate::LearningRate;
 use crate::finetune::loss::{LossKind, TeacherOutput};
 use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 
+/// Largest `batch.size`, `batch.accumulation_steps` and `schedule.epochs`, and largest `schedule.max_steps`.
+const MOST: u64 = 1 << 20;
+const MOST_STEPS: u64 = 1 << 40;
+
 /// Number format of the forward and backward passes. Trained weights and the optimiser's state are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -363,30 +367,34 @@ impl Settings {
             ("kd.temperature", kd.temperature, kd.temperature > 0.0, "above 0"),
             ("lora.alpha", lora.alpha, lora.alpha > 0.0, "above 0"),
         ];
+        let wrong = |name: &str, problem: String| Err(Error::invalid(format!("finetune setting `{name}`"), problem));
+        // Steps compute in f32.
+        let in_f32 = |value: f64| (value as f32).is_finite() && (value == 0.0 || value as f32 != 0.0);
         for (name, value, fits, want) in numbers {
-            if !(fits && value.is_finite()) {
-                return Err(Error::invalid(
-                    format!("finetune setting `{name}`"),
-                    format!("is {value}, must be {want}"),
-                ));
+            if !(fits && in_f32(value)) {
+                let want = if fits && value.is_finite() { "in the range of f32" } else { want };
+                return wrong(name, format!("is {value:?}, must be {want}"));
             }
         }
         optimizer.learning_rate.check()?;
         let counts = [
-            ("data.max_tokens", u64::from(data.max_tokens)),
-            ("batch.size", u64::from(batch.size)),
-            ("batch.accumulation_steps", u64::from(batch.accumulation_steps)),
-            ("schedule.epochs", u64::from(schedule.epochs)),
-            ("schedule.max_steps", schedule.max_steps.unwrap_or(1)),
-            ("kd.top_k", u64::from(kd.top_k)),
-            ("fit.tokens_per_feature", u64::from(fit.tokens_per_feature)),
-            ("fit.tokens", fit.tokens.unwrap_or(1)),
-            ("data.step_tokens", data.step_tokens.unwrap_or(1)),
+            ("data.max_tokens", u64::from(data.max_tokens), u64::MAX),
+            ("batch.size", u64::from(batch.size), MOST),
+            ("batch.accumulation_steps", u64::from(batch.accumulation_steps), MOST),
+            ("schedule.epochs", u64::from(schedule.epochs), MOST),
+            ("schedule.max_steps", schedule.max_steps.unwrap_or(1), MOST_STEPS),
+            ("kd.top_k", u64::from(kd.top_k), u64::MAX),
+            ("fit.tokens_per_feature", u64::from(fit.tokens_per_feature), u64::MAX),
+            ("fit.tokens", fit.tokens.unwrap_or(1), u64::MAX),
+            ("data.step_tokens", data.step_tokens.unwrap_or(1), u64::MAX),
         ];
-        for (name, value) in counts {
-            if value == 0 {
-                return Err(Error::invalid(format!("finetune setting `{name}`"), "is 0, must be at least 1"));
-            }
+        for (name, value, most) in counts {
+            let problem = match value {
+                0 => "is 0, must be at least 1".to_string(),
+                value if value > most => format!("is {value}, must be at most {most}"),
+                _ => continue,
+            };
+            return wrong(name, problem);
         }
         self.check_stages()?;
         if self.train_head && !self.losses().keys().any(|kind| kind.looks_at_answers()) {
@@ -512,7 +520,7 @@ impl Settings {
 
     /// Samples per optimiser step.
     pub fn samples_per_step(&self) -> usize {
-        self.batch.size as usize * self.batch.accumulation_steps as usize
+        (self.batch.size as usize).saturating_mul(self.batch.accumulation_steps as usize)
     }
 }
 

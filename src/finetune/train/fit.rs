@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::analysis::Projection;
-use crate::base::{Error, Progress, Result};
+use crate::base::{Error, Progress, Result, notice};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{Feeds, TrainingBatch, TrainingSet, bf16_matrix};
 use crate::finetune::error::torch_error;
@@ -69,7 +69,11 @@ impl Drawn {
     /// Errors: those of a run of the dense model.
     pub fn new(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Result<Self> {
         let mut drawn = draw(run, targets, dataset);
-        drawn.load(run, &fittable(targets))?;
+        let layers = fittable(targets);
+        if drawn.held_out_tokens == 0 && !layers.is_empty() {
+            say_nothing_is_held_out();
+        }
+        drawn.load(run, &layers)?;
         Ok(drawn)
     }
 
@@ -93,6 +97,14 @@ impl Drawn {
     fn samples(&self) -> Vec<usize> {
         self.fitted.iter().chain(&self.held_out).flat_map(|pass| pass.samples.iter().copied()).collect()
     }
+}
+
+/// Tells the user that a fit has no sample to choose its ridge by.
+pub fn say_nothing_is_held_out() {
+    notice(format!(
+        "the fit has a single sample and holds none out: its ridge is {FEW_SAMPLES_RIDGE}, chosen by no sample; draw more \
+         samples, or raise `fit.tokens`"
+    ));
 }
 
 /// The layers of `targets` that have a product to fit.

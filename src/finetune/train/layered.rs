@@ -13,7 +13,7 @@ use crate::base::{Error, Progress, Result};
 
 use super::batches::each_batch;
 use super::context::Run;
-use super::fit::fit;
+use super::fit::{fit, say_nothing_is_held_out};
 use super::trainer::{Summary, Trainer, all_weights, interrupted};
 use super::workers;
 use crate::finetune::checkpoint::{CheckpointState, Checkpoints, check_same_run, restore_some};
@@ -21,7 +21,7 @@ use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{RowDtype, RowsWriter, Stream, TrainingSet};
 use crate::finetune::error::torch_error;
 use crate::finetune::plan::StepRange;
-use crate::finetune::record::{StepMetrics, Totals};
+use crate::finetune::record::{LayerFit, StepMetrics, Totals};
 use crate::finetune::student::Student;
 
 /// Number of tokens per network whose stream is held in memory between two layers.
@@ -125,6 +125,12 @@ impl Progressed<'_> {
         let targets = std::slice::from_ref(target);
         let fitted = fit(&self.run, students, targets, dataset, None)
             .map_err(|error| self.stopped(checkpoints, students, error))?;
+        // Every layer has the same samples, so this is said once.
+        let is_fitted = |layer: &LayerFit| layer.problem.is_none();
+        let first = !self.totals.fitted.iter().any(is_fitted);
+        if first && fitted.iter().any(|layer| is_fitted(layer) && layer.held_out_tokens == 0) {
+            say_nothing_is_held_out();
+        }
         self.totals.fitted.extend(fitted);
         self.totals.fit_seconds += began.elapsed().as_secs_f64();
         Ok(())

@@ -168,7 +168,7 @@ impl StepSums {
     }
 }
 
-/// Cuts samples into forward passes of about `batch_tokens` tokens and distributes them over at most `workers`
+/// Cuts samples into forward passes of at most `batch_tokens` tokens and distributes them over at most `workers`
 /// networks.
 pub fn passes_by_worker(
     dataset: &TrainingSet,
@@ -180,9 +180,10 @@ pub fn passes_by_worker(
     distribute(cut(samples, length, workers, batch_tokens), length, workers)
 }
 
-/// Cuts samples into forward passes, longest samples first. The number of passes is at most the smallest multiple of
-/// `workers`, the networks of one process, whose passes have about `batch_tokens` tokens. Several processes make the
-/// same cut and distribute the passes, so the passes do not depend on the number of processes.
+/// Cuts samples into forward passes of at most `batch_tokens` tokens, padding included, longest samples first; a longer
+/// sample forms a pass of its own. The number of passes is at most the smallest multiple of `workers`, the networks of one
+/// process, for which that is possible, and the largest of them is as small as this number allows. Several processes make
+/// the same cut and distribute the passes, so the passes do not depend on the number of processes.
 fn cut(
     mut samples: Vec<usize>,
     length: impl Fn(usize) -> usize,
@@ -191,12 +192,11 @@ fn cut(
 ) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
     let lengths: Vec<usize> = samples.iter().map(|&sample| length(sample).max(1)).collect();
-    let total: usize = lengths.iter().sum();
     let workers = workers.clamp(1, samples.len().max(1));
-    let count = workers * total.div_ceil(workers.saturating_mul(batch_tokens).max(1)).max(1);
-    // Binary search for the smallest pass size, padding included, that needs at most `count` passes.
+    let count = cuts(&lengths, batch_tokens).len().next_multiple_of(workers);
+    // Binary search for the smallest pass size that needs at most `count` passes.
     let longest = lengths.first().copied().unwrap_or(1);
-    let (mut low, mut high) = (longest, longest * lengths.len().max(1));
+    let (mut low, mut high) = (longest.min(batch_tokens), batch_tokens);
     while low < high {
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
@@ -243,7 +243,7 @@ fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
     let mut longest = 0;
     for &length in lengths {
         match sizes.last_mut() {
-            Some(size) if (*size + 1) * longest <= limit => *size += 1,
+            Some(size) if (*size + 1).saturating_mul(longest) <= limit => *size += 1,
             _ => {
                 longest = length;
                 sizes.push(1);
@@ -332,6 +332,31 @@ mod tests {
         let shares = distribute(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
+    }
+
+    /// Lengths that leave much padding or room in a pass. The number of passes is the smallest one that is fair to the
+    /// networks.
+    #[test]
+    fn no_pass_exceeds_the_limit_but_for_a_longer_sample() {
+        type Length<'a> = &'a dyn Fn(usize) -> usize;
+        let ragged = |step: usize, least: usize| move |sample: usize| least + (sample * step) % (1025 - least);
+        let cases: [(Length<'_>, usize, usize, usize); 7] = [
+            (&ragged(47, 900), 1024, 1, 32),
+            (&ragged(47, 900), 1024, 4, 32),
+            (&|_| 460, 512, 1, 32),
+            (&|_| 460, 512, 3, 33),
+            (&|_| 200, 512, 2, 16),
+            (&ragged(331, 1), 1024, 2, 22),
+            // One longer sample does not make room for others.
+            (&|sample| if sample == 5 { 2000 } else { 300 }, 1000, 2, 12),
+        ];
+        for (number, (length, batch_tokens, workers, want)) in cases.into_iter().enumerate() {
+            let passes = cut((0..32).collect(), length, workers, batch_tokens);
+            let padded = |pass: &Vec<usize>| pass.len() * pass.iter().map(|&sample| length(sample)).max().unwrap();
+            let too_large = passes.iter().filter(|pass| pass.len() > 1 && padded(pass) > batch_tokens);
+            assert_eq!(too_large.count(), 0, "case {number}: {passes:?}");
+            assert!(passes.len() <= want && passes.len() + workers > want, "case {number}: {} passes", passes.len());
+        }
     }
 
     #[test]

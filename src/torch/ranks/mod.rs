@@ -110,8 +110,9 @@ impl Place {
             text.parse().map_err(|_| wrong(name, &text, "a number"))
         };
         let size: usize = size.parse().map_err(|_| wrong("WORLD_SIZE", &size, "a number"))?;
-        if size == 0 {
-            return Err(wrong("WORLD_SIZE", "0", "a positive number"));
+        // c10d counts ranks in a C `int`.
+        if size == 0 || c_int::try_from(size).is_err() {
+            return Err(wrong("WORLD_SIZE", &size.to_string(), "a number from 1 to 2147483647"));
         }
         let rank = number("RANK")?;
         if rank >= size {
@@ -268,6 +269,12 @@ impl Ranks {
     fn sum_bucket(&self, tensors: &[&Tensor], nccl: Option<&Nccl>) -> Result<()> {
         let problem = |e: tch::TchError| Error::engine("LibTorch", "the sum over ranks", e);
         let _guard = tch::no_grad_guard();
+        if let Some(own) = in_one_piece(tensors).filter(|own| nccl.is_some() || own.device() == Device::Cpu) {
+            return match nccl {
+                Some(nccl) => nccl.sum(&own),
+                None => self.sum_on_host(&own),
+            };
+        }
         let flat: Vec<Tensor> = tensors
             .iter()
             .map(|tensor| tensor.f_detach()?.f_reshape([-1]))
@@ -396,6 +403,14 @@ fn buckets<'a, 't>(tensors: &'a [&'t Tensor], most: usize) -> Vec<&'a [&'t Tenso
     }
     cut.push(&tensors[start..]);
     cut
+}
+
+/// A single contiguous tensor, which is summed where it is: a large one has no room for a copy. It shares the memory.
+fn in_one_piece(tensors: &[&Tensor]) -> Option<Tensor> {
+    match tensors {
+        [only] if only.is_contiguous() => only.f_detach().ok(),
+        _ => None,
+    }
 }
 
 /// Makes `gpu` this thread's GPU and gives the stream (`cudaStream_t`) on which LibTorch computes there.

@@ -27,6 +27,15 @@ fn tensors_are_summed_in_buckets() {
     assert_eq!(found, [vec![10, 6], vec![200], vec![1, 1], vec![30]]);
 }
 
+/// The sum of a tensor that has a bucket of its own is in its own memory, also where it has a gradient.
+#[test]
+fn a_tensor_alone_is_summed_where_it_is() {
+    let matrix = Tensor::zeros([3, 5], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let own = in_one_piece(&[&matrix]).unwrap();
+    assert!(own.data_ptr() == matrix.data_ptr() && !own.requires_grad());
+    assert!(in_one_piece(&[&matrix.tr()]).is_none() && in_one_piece(&[&matrix, &matrix]).is_none());
+}
+
 #[test]
 fn the_back_end_follows_from_the_device_and_what_is_asked() {
     use crate::base::Device::{Cpu, Cuda};
@@ -64,9 +73,14 @@ fn torchrun_environment_variables_are_read_or_refused_by_name() {
     ];
     let found = place(&all).unwrap().unwrap();
     assert_eq!((found.rank, found.size, found.served, found.prefix.as_str()), (1, 2, true, "interlace/3"));
-    for (name, value) in
-        [("RANK", "2"), ("RANK", "x"), ("MASTER_PORT", "99999"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "")]
-    {
+    for (name, value) in [
+        ("RANK", "2"),
+        ("RANK", "x"),
+        ("MASTER_PORT", "99999"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "4294967298"),
+        ("LOCAL_RANK", ""),
+    ] {
         let changed: Vec<_> = all.iter().map(|&(key, old)| (key, if key == name { value } else { old })).collect();
         let error = place(&changed).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("torchrun"), "{error}");
