@@ -6,7 +6,7 @@ use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
 use crate::finetune::plan::{
-    Limits, PlanInputs, PlannedConnector, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes,
+    KeptRows, Limits, PlanInputs, PlannedConnector, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes,
 };
 use crate::finetune::settings::{LoraLayers, Settings};
 use crate::ir::Model;
@@ -177,10 +177,10 @@ pub struct Parts<'a> {
     pub first: usize,
 }
 
-/// Makes the plan. `streamed` is `Some` when it is already decided whether rows are computed on demand.
+/// Makes the plan. `rows` is `Some` when it is already decided which rows are on disk.
 ///
 /// Errors: `Error::Io` when the free disk space cannot be read.
-pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
+pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, rows: Option<KeptRows>) -> Result<RunPlan> {
     let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
     Ok(RunPlan::resolve(&PlanInputs {
         device: request.device,
@@ -199,7 +199,7 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         data,
         limits: parts.limits,
         cache_bytes,
-        streamed,
+        rows,
     }))
 }
 
