@@ -128,7 +128,7 @@ pub fn finetune_with_teacher(
         Some(_) => None,
         None => {
             estimate = estimated(request.data, request.bundle)?;
-            let plan = resolve(request, &parts, estimate.clone(), None)?;
+            let plan = resolve(request, &parts, estimate.clone(), None);
             plan.check()?;
             Some(plan.rows())
         }
@@ -143,7 +143,7 @@ pub fn finetune_with_teacher(
         }
     };
 
-    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(rows))?;
+    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(rows));
     plan.check()?;
     if let Some(ranks) = request.ranks {
         plan.take_passes_of_first(ranks)?;
