@@ -203,7 +203,13 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
-        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, cache: args.cache_bytes, workers: None },
+        limits: Limits {
+            memory: args.memory,
+            batch_tokens: args.batch_tokens,
+            cache: args.cache_bytes,
+            ..Limits::default()
+        }
+        .with_environment()?,
         ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
         teacher: teacher.as_ref(),

@@ -123,9 +123,15 @@ impl List<'_> {
         self.add(phase, Place::Memory, "fitted weights", 4 * sizes.written, formula);
         if plan.frozen_as_stored {
             let (kind, part) = if plan.precision == Precision::Bf16 { ("bf16", 2) } else { ("f32", 1) };
-            let copies = sizes.layer_widened_bytes.max(sizes.head_widened_bytes) / part;
-            let formula = format!("{kind} copies of one layer's weights, or of the head's");
-            self.add(phase, Place::Memory, "weights in use", plan.workers * copies, formula);
+            // The backward pass reads the copies of all layers that it does not compute again.
+            let (copies, of) = match plan.gradient_checkpointing {
+                true => {
+                    (sizes.layer_widened_bytes.max(sizes.head_widened_bytes), "one layer's weights, or of the head's")
+                }
+                false => (sizes.copied_bytes, "all layers' weights until the backward pass"),
+            };
+            let formula = format!("{kind} copies of {of}");
+            self.add(phase, Place::Memory, "weights in use", plan.workers * copies / part, formula);
         }
     }
 

@@ -7,7 +7,7 @@ use crate::base::{Device, Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
-use crate::torch::Ranks;
+use crate::torch::{Hold, Ranks};
 
 use super::limits::{Limits, MOST_BATCH_TOKENS};
 use super::planned::{
@@ -19,7 +19,8 @@ use super::sessions::Sessions;
 use super::sizes::Sizes;
 use super::step_range::{StepRange, TrialPlan};
 
-/// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy and frees it.
+/// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy, and the backward pass
+/// frees it. Below, they cost less than what makes them in every pass (`docs/large-models.md`, "Weights in f32").
 const MOST_WIDENED_BYTES: u64 = 256 << 20;
 /// Above this size of the trained weights, one network trains on all cores, instead of one network per core with its
 /// own gradients.
@@ -201,7 +202,7 @@ impl RunPlan {
             streamed: rows != KeptRows::All,
             cache_limit_bytes: inputs.cache_limit(),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
-            frozen_as_stored: stored,
+            frozen_as_stored: limits.frozen.map_or(stored, |hold| hold == Hold::Stored),
             bytes: Vec::new(),
             memory_bytes: 0,
             disk_bytes: 0,

@@ -40,6 +40,7 @@ fn eight_billion(lora: bool) -> Sizes {
     Sizes {
         frozen_bytes: 2 * frozen,
         widened_bytes: 4 * frozen,
+        copied_bytes: 4 * frozen,
         layer_widened_bytes: 4 * layer,
         head_widened_bytes: 4 * head,
         trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
@@ -219,6 +220,35 @@ fn a_fit_on_a_cpu_counts_its_targets_and_copies() {
     assert!(whole.bytes.iter().all(|item| item.what != "dense model" && item.place != Place::Host));
     let held = |what: &str| whole.bytes.iter().any(|item| item.what == what && item.place == Place::Memory);
     assert!(held("targets of the fit") && held("weights before the fit") && held("weights before the search"));
+}
+
+/// Without checkpointing the backward pass keeps the f32 copies of every layer, in every network.
+#[test]
+fn copies_of_stored_weights_are_counted_where_the_backward_pass_keeps_them() {
+    let sizes = eight_billion(true);
+    let in_use = |checkpointing: bool, frozen: Option<Hold>| {
+        let settings = Settings::default().with(|s| s.batch.gradient_checkpointing = Some(checkpointing));
+        let limits = Limits { frozen, ..Limits::default() };
+        let plan = planned(&settings, &sizes, limits, (&[], &[], Sessions::default()), false);
+        let bytes = |what: &str| plan.bytes.iter().find(|item| item.what == what).map(|item| item.bytes);
+        (plan.frozen_as_stored, bytes("frozen weights").unwrap(), bytes("weights in use"))
+    };
+    let one = sizes.layer_widened_bytes.max(sizes.head_widened_bytes);
+    assert_eq!(in_use(true, None), (true, sizes.frozen_bytes, Some(one)));
+    assert_eq!(in_use(false, None), (true, sizes.frozen_bytes, Some(sizes.copied_bytes)));
+    assert_eq!(in_use(false, Some(Hold::Widened)), (false, sizes.widened_bytes, None));
+    let small = Sizes { frozen_bytes: 2_000, widened_bytes: 4_000, ..sizes.clone() };
+    let limits = Limits { frozen: Some(Hold::Stored), ..Limits::default() };
+    let held = |limits| planned(&Settings::default(), &small, limits, (&[], &[], Sessions::default()), false);
+    assert_eq!([held(Limits::default()), held(limits)].map(|plan| plan.frozen_as_stored), [false, true]);
+}
+
+#[test]
+fn the_environment_says_how_frozen_weights_are_held() {
+    let found = ["", "file", "f32"].map(|value| Limits::frozen_from(Some(value)).unwrap());
+    assert_eq!(found, [None, Some(Hold::Stored), Some(Hold::Widened)]);
+    let error = Limits::frozen_from(Some("f16")).unwrap_err().to_string();
+    assert!(error.contains("INTERLACE_FROZEN") && error.contains("`f16`") && error.contains("`file`"), "{error}");
 }
 
 #[test]
