@@ -16,7 +16,7 @@ use super::layout::VARIANTS;
 pub enum AssetKind {
     /// Read, and rewritten when layers are dropped.
     Config,
-    /// Tokenizer, processor and template: copied unchanged.
+    /// Tokenizer, processor and template: copied, with settings that readers other than transformers 5 look for there.
     Tokenizer,
     /// Settings of the exporter or quantiser: copied unchanged.
     Tooling,

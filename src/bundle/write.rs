@@ -14,7 +14,7 @@ use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
     AssetKind, Bundle, Component, RECORD_FILE, Role, SINGLE_FILE, card, chunks, export_json, is_external_data_of,
-    pictures, read_text,
+    pictures, read_text, readers,
 };
 
 /// Size in bytes above which a variant's weights continue in a new file: browsers hold at most 2 GiB in one buffer.
@@ -255,6 +255,13 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
+    /// Gives the configs what readers other than transformers 5 look for in them.
+    fn complete_for_readers(&mut self) {
+        let read = |file: &str| self.texts.get(file).cloned().or_else(|| self.bundle.read_text(file).ok().flatten());
+        let completed = readers::completed(self.bundle, &read);
+        self.texts.extend(completed.into_iter().map(|(file, text)| (file.to_string(), text)));
+    }
+
     /// Records a step other than dropping layers.
     pub fn push_step(&mut self, step: RecordedStep) {
         self.steps.push(step);
@@ -282,6 +289,7 @@ impl<'a> BundleWriter<'a> {
         self.keep_chunk_counts_true()?;
         self.count_chunks_of_variants()?;
         self.preface_cards(&record)?;
+        self.complete_for_readers();
         for component in self.bundle.components() {
             if !self.written.contains_key(&component.file) && !self.set_aside.contains(&component.file) {
                 for file in std::iter::once(&component.file).chain(&component.external) {

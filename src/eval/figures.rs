@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 
 use crate::analysis;
+use crate::base::list_preview;
 use crate::bundle::{Bundle, Component, LatentAttention, ModelConfig, Role};
-use crate::ir::Model;
+use crate::ir::{DataType, Model, ValueId, ValueType};
 use crate::runtime::{Decoder, missing_deepstack};
 
 use super::checks::{CheckStatus, Checks};
@@ -114,6 +115,54 @@ fn latent_cache(
     let known = list(&mut whole.iter().flatten().chain(&shared));
     let detail = format!("latent attention, heads x size: the config allows {known}, the graph has {found}");
     checks.add(NAME, subject, CheckStatus::Failed, detail);
+}
+
+/// Programs that read the folder find its settings, and are told of its data files.
+pub fn readers(bundle: &Bundle, checks: &mut Checks) {
+    const NAME: &str = "settings for other readers";
+    if bundle.asset_path("tokenizer_config.json").is_none() {
+        return;
+    }
+    let mut missed: Vec<(&str, String)> =
+        bundle.missed_settings().into_iter().map(|missed| (missed.file, missed.problem)).collect();
+    let has_data = bundle.components().iter().any(|component| !component.external.is_empty());
+    let counts = "/transformers.js_config/use_external_data_format";
+    let told = bundle.config().is_some_and(|config| config.raw.pointer(counts).is_some());
+    if bundle.layout().name == "transformers.js" && has_data && !told {
+        let problem = "transformers.js is not told which graphs have data files: `transformers.js_config` has no \
+                       `use_external_data_format`";
+        missed.push(("config.json", problem.to_string()));
+    }
+    if missed.is_empty() {
+        let detail = "transformers.js and transformers 4 find the chat template, the classes and the data files";
+        checks.add(NAME, "configs", CheckStatus::Passed, detail);
+    }
+    for (file, problem) in missed {
+        checks.add(NAME, file, CheckStatus::Warning, format!("{problem}; `export --to transformers-js` writes it"));
+    }
+}
+
+/// transformers.js feeds and reads float32, caches aside.
+pub fn port_types(bundle: &Bundle, part: &Component, model: &Model, checks: &mut Checks) {
+    if bundle.layout().name != "transformers.js" {
+        return;
+    }
+    let graph = &model.graph;
+    let is_half = |id: &&ValueId| {
+        let dtype = graph.value(**id).ty.as_ref().and_then(ValueType::dtype);
+        let is_cache = ["past", "present"].iter().any(|start| graph.name(**id).starts_with(start));
+        !is_cache && matches!(dtype, Some(DataType::Float16 | DataType::Bfloat16))
+    };
+    let ports = graph.body.inputs.iter().chain(&graph.body.outputs).filter(is_half);
+    let half: Vec<&str> = ports.map(|id| graph.name(*id)).collect();
+    if !half.is_empty() {
+        let detail = format!(
+            "{} in half precision, and transformers.js feeds and reads float32 there: convert with inputs and outputs kept, as \
+             `export --precision fp16` does",
+            list_preview(&half, 4)
+        );
+        checks.add("inputs and outputs", &part.file, CheckStatus::Failed, detail);
+    }
 }
 
 /// Programs that run a model folder find the logits by name.

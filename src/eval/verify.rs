@@ -23,7 +23,7 @@ use super::agreement::{
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
 use super::device::{DeviceLimits, device, device_of_export};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
-use super::figures::{config_and_graph, logits_name};
+use super::figures::{config_and_graph, logits_name, port_types, readers};
 use super::pixels::{noise_or_own_picture, pixel_feeds};
 use super::probe::{noise, noise_text, picture_prompt, token_ids};
 use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
@@ -70,6 +70,7 @@ pub fn verify(
         progress.advance(1);
     }
     cancel.check("no report is written")?;
+    readers(&bundle, &mut checks);
     whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     let settings = settings(limits, runtime);
@@ -186,6 +187,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
     };
     let counts = format!("{} inputs, {} outputs", session.inputs().len(), session.outputs().len());
     checks.add("loads in ONNX Runtime", &part.file, CheckStatus::Passed, counts);
+    port_types(bundle, part, &model, checks);
     match part.role {
         Role::VisionEncoder => match pixel_feeds(bundle, session) {
             Ok((mut session, feeds)) => {

@@ -161,7 +161,8 @@ pub(super) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|e| Error::io("write", path, e))
 }
 
-/// Copies a file of the bundle to `path` below `root`, and adds it to the digests of what was written.
+/// Copies a file of the bundle to `path` below `root`, a config with what other readers look for in it, and adds it to the digests
+/// of what was written.
 ///
 /// Errors: `Error::Io`.
 pub(super) fn copy(
@@ -173,7 +174,10 @@ pub(super) fn copy(
 ) -> Result<()> {
     let target = root.join(&path);
     create(target.parent().unwrap_or(root))?;
-    fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?;
+    match bundle.completed_configs().into_iter().find(|(file, _)| *file == asset.file) {
+        Some((_, text)) => write(&target, &text)?,
+        None => drop(fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?),
+    }
     files.insert(path, sha256_file(&target)?);
     Ok(())
 }

@@ -7,9 +7,6 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-/// The tokenizer class that only transformers 5 knows, and the class that reads the same file elsewhere.
-const TOKENIZER_CLASSES: (&str, &str) = ("TokenizersBackend", "PreTrainedTokenizerFast");
-
 /// A config file of the bundle; `None` without such a file.
 ///
 /// Errors: `Error::Invalid` when it is no JSON object.
@@ -22,36 +19,15 @@ pub(super) fn object(bundle: &Bundle, name: &str) -> Result<Option<Map<String, V
     }
 }
 
-/// `tokenizer_config.json` with the chat template and a class that all readers know; `None` without such a file.
+/// A config with what readers other than transformers 5 look for in it; `None` without such a file and such settings.
 ///
-/// Errors: `Error::Invalid` when a config is no JSON object.
-pub(super) fn tokenizer_config(bundle: &Bundle) -> Result<Option<Map<String, Value>>> {
-    let Some(mut config) = object(bundle, "tokenizer_config.json")? else { return Ok(None) };
-    if !config.contains_key("chat_template")
-        && let Some(template) = template(bundle)?
-    {
-        config.insert("chat_template".to_string(), template);
+/// Errors: as [`object`].
+pub(super) fn completed(bundle: &Bundle, name: &str) -> Result<Option<Map<String, Value>>> {
+    let new = bundle.completed_configs().into_iter().find(|(file, _)| *file == name);
+    match new.and_then(|(_, text)| serde_json::from_str(&text).ok()) {
+        Some(completed) => Ok(Some(completed)),
+        None => object(bundle, name),
     }
-    if let Some(class) = config.get_mut("tokenizer_class")
-        && class.as_str() == Some(TOKENIZER_CLASSES.0)
-    {
-        *class = TOKENIZER_CLASSES.1.into();
-    }
-    Ok(Some(config))
-}
-
-/// The chat template, from the files next to `tokenizer_config.json` in which transformers may store it.
-fn template(bundle: &Bundle) -> Result<Option<Value>> {
-    if let Some(text) = bundle.read_text("chat_template.jinja")? {
-        return Ok(Some(text.into()));
-    }
-    let own = |config: &Map<String, Value>| config.get("chat_template").cloned();
-    for name in ["chat_template.json", "processor_config.json"] {
-        if let Some(found) = object(bundle, name)?.as_ref().and_then(own) {
-            return Ok(Some(found));
-        }
-    }
-    Ok(None)
 }
 
 /// Sets the number of data files of each ONNX file, which transformers.js reads from `config.json`.

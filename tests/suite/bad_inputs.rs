@@ -91,7 +91,7 @@ fn a_long_cell_is_not_printed_whole() {
 fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
-    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    super::readers::without_template(&model);
     score(folder.path(), &["error: `model`: has no chat template", "expected chat_template.jinja"]);
     fs::copy(fixtures().join("model/chat_template.jinja"), model.join("chat_template.jinja")).expect("copy");
     fs::remove_file(model.join("preprocessor_config.json")).expect("remove");

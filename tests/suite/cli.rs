@@ -181,7 +181,7 @@ fn inspect_prints_layers_at_the_top_level() {
         .expect("copy");
     fs::copy(model.join("onnx/decoder_model_merged.onnx_data"), model.join("onnx/decoder_model_merged_q4.onnx_data"))
         .expect("copy");
-    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    super::readers::without_template(&model);
     let text = stdout(&interlace(folder.path(), &["inspect", "model"]));
     for line in [
         "score: yes: on running text and ready tensors alone: `model`: has no chat template",

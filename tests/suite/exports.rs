@@ -16,10 +16,6 @@ fn written(target: &str, bundle: &Bundle, settings: &ExportSettings, out: &Path)
     export(bundle, target_named(target).expect("a target"), settings, out, &Cancel::default())
 }
 
-fn to_triton(bundle: &Bundle, out: &Path) -> Export {
-    written("triton", bundle, &ExportSettings::default(), out).expect("export")
-}
-
 fn zoo(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
 }
@@ -58,7 +54,7 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
     let folder = tempfile::tempdir().expect("folder");
     let path = with_scalars(folder.path());
     let out = folder.path().join("repository");
-    let written = to_triton(&Bundle::open(&path).expect("bundle"), &out);
+    let written = to("triton", &path, &ExportSettings::default(), &out).expect("export");
     assert_eq!(written.models["model"].reshaped, ["scale", "total"]);
     let config = std::fs::read_to_string(out.join("model/config.pbtxt")).expect("config");
     assert!(!config.contains("reshape") && config.contains("name: \"scale\""), "{config}");
@@ -279,13 +275,14 @@ fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
     let error = to_transformers_js(&foreign, &folder.path().join("a")).unwrap_err().to_string();
     assert!(error.contains("pixel_poet") && error.contains("no class"), "{error}");
 
-    // Without `processor_config.json` the class is read from the tokenizer config. If that lacks it too, it is unknown.
+    // Without `processor_config.json` the class is in the other two. If they lack it too, it is unknown.
     let nameless = model("nameless", &|_| ());
     assert!(to_transformers_js(&nameless, &folder.path().join("b")).is_ok());
-    let tokenizer = nameless.join("tokenizer_config.json");
-    let mut object = json(tokenizer.clone());
-    object.as_object_mut().expect("an object").remove("processor_class");
-    std::fs::write(&tokenizer, object.to_string()).expect("write");
+    for file in ["tokenizer_config.json", "preprocessor_config.json"].map(|file| nameless.join(file)) {
+        let mut object = json(file.clone());
+        object.as_object_mut().expect("an object").remove("processor_class");
+        std::fs::write(&file, object.to_string()).expect("write");
+    }
     let error = to_transformers_js(&nameless, &folder.path().join("c")).unwrap_err().to_string();
     assert!(error.contains("processor_class") && error.contains("preprocessor_config.json"), "{error}");
     assert!(!folder.path().join("c").exists());

@@ -41,6 +41,7 @@ mod precision_faults;
 mod properties;
 mod published;
 mod ranks;
+mod readers;
 mod refusals;
 mod report;
 mod run;

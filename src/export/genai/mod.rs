@@ -24,7 +24,7 @@ use crate::onnx;
 use crate::runtime::{Input, headed};
 
 use super::components::{chosen, convert, copy, decoder_of, is_carried, size_of, storage, write as write_text};
-use super::configs::{object, pretty, tokenizer_config, with_chunks};
+use super::configs::{completed, object, pretty, with_chunks};
 use super::nodes::only_output;
 use super::packing::Packing;
 use super::record::{ExportSettings, ExportedModel, Written};
@@ -91,7 +91,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         with_chunks(&mut config, &BTreeMap::new());
         add("config.json", &pretty(&config)?)?;
     }
-    if let Some(tokenizer) = tokenizer_config(bundle)? {
+    if let Some(tokenizer) = completed(bundle, "tokenizer_config.json")? {
         add("tokenizer_config.json", &pretty(&tokenizer)?)?;
     }
     for asset in bundle.assets() {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-use super::super::configs::{object, tokenizer_config, with_chunks, with_device};
+use super::super::configs::{completed, object, with_chunks, with_device};
 
 type Object = Map<String, Value>;
 
@@ -28,16 +28,14 @@ pub(super) fn rewritten(
         texts.insert(name.to_string(), text + "\n");
         Ok(())
     };
-    let read = |name: &str| object(bundle, name);
-    if let Some(mut config) = read("config.json")? {
+    if let Some(mut config) = object(bundle, "config.json")? {
         with_chunks(&mut config, chunks);
         if let Some(device) = device {
             with_device(&mut config, device);
         }
         add("config.json", config)?;
     }
-    let tokenizer = tokenizer_config(bundle)?;
-    let processor = read("processor_config.json")?;
+    let tokenizer = completed(bundle, "tokenizer_config.json")?;
     if bundle.asset_path("tokenizer.json").is_none() {
         return Err(Error::invalid(
             "`tokenizer.json`",
@@ -46,8 +44,7 @@ pub(super) fn rewritten(
         .remedy("save the tokenizer with `PreTrainedTokenizerFast.save_pretrained` into the folder"));
     }
     if has_vision {
-        let preprocessor = preprocessor(read("preprocessor_config.json")?, processor.as_ref(), tokenizer.as_ref())?;
-        add("preprocessor_config.json", preprocessor)?;
+        add("preprocessor_config.json", preprocessor(bundle)?)?;
     }
     let tokenizer = tokenizer.ok_or_else(|| {
         Error::invalid("`tokenizer_config.json`", "is not in the folder, and transformers.js needs it")
@@ -58,25 +55,20 @@ pub(super) fn rewritten(
 }
 
 /// The image processor's settings as one flat object, with the class of the combined processor.
-fn preprocessor(flat: Option<Object>, processor: Option<&Object>, tokenizer: Option<&Object>) -> Result<Object> {
-    let nested = || processor?.get("image_processor")?.as_object().cloned();
-    let mut object = flat.or_else(nested).ok_or_else(|| {
+fn preprocessor(bundle: &Bundle) -> Result<Object> {
+    let object = completed(bundle, "preprocessor_config.json")?.ok_or_else(|| {
         Error::invalid(
             "`preprocessor_config.json`",
-            "is not in the folder, nor an `image_processor` in `processor_config.json`",
+            "is not in the folder, nor an `image_processor` with a `processor_class` in `processor_config.json`",
         )
         .remedy("save the processor with `AutoProcessor.save_pretrained` into the folder")
     })?;
-    if !object.contains_key("processor_class") {
-        let class = [processor, tokenizer].into_iter().flatten().find_map(|config| config.get("processor_class"));
-        let class = class.ok_or_else(|| {
-            Error::invalid(
-                "`processor_class`",
-                "is in none of the configs, and transformers.js finds the processor by it",
-            )
-            .remedy("add it to `preprocessor_config.json`, for instance \"Idefics3Processor\"")
-        })?;
-        object.insert("processor_class".to_string(), class.clone());
+    match object.contains_key("processor_class") {
+        true => Ok(object),
+        false => {
+            let problem = "is in none of the configs, and transformers.js finds the processor by it";
+            Err(Error::invalid("`processor_class`", problem)
+                .remedy("add it to `preprocessor_config.json`, for instance \"Idefics3Processor\""))
+        }
     }
-    Ok(object)
 }
