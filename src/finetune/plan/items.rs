@@ -6,7 +6,7 @@ use crate::finetune::settings::{Precision, Settings};
 use super::planned::{ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedData, PlannedFit};
 use super::run_plan::{FIT, PlanInputs, RunPlan};
 use super::sizes::ConnectorSizes;
-use super::{CUDA_BYTES, LOGIT_BYTES, PROCESS_BYTES, WINDOW_BYTES, sum_bytes};
+use super::{CUDA_BYTES, LOGIT_BYTES, PROCESS_BYTES, WINDOW_BYTES, gradient_sum_bytes, sum_bytes};
 
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
@@ -177,7 +177,12 @@ impl List<'_> {
             _ => elements,
         };
         // Without checkpointing a pass has the gradients of all weights before they are added to those of earlier passes.
-        let each = if plan.gradient_checkpointing || passes_per_step(plan, settings) <= 1 { 4 } else { 8 };
+        let sum = gradient_sum_bytes(now);
+        let each = match (passes_per_step(plan, settings), plan.gradient_checkpointing) {
+            (0 | 1, _) => 4,
+            (_, true) => sum,
+            (_, false) => 4 + sum,
+        };
         let formula = format!("{each} x {now} x {workers} networks");
         self.add(Phase::Steps, Place::Memory, "gradients", each * now * workers, formula);
         if plan.precision == Precision::Bf16 {

@@ -35,8 +35,15 @@ pub const LOGIT_BYTES: u64 = 256 << 20;
 /// Maximum number of tokens that a fit uses.
 pub const FIT_TOKENS: u64 = 1 << 17;
 
-/// Largest number of elements of a fit's normal matrices that are held in f64; larger ones are held in f32.
+/// Largest number of elements of a fit's normal matrices, and of all gradients, that are summed in f64; more are summed in
+/// f32.
 const MOST_DOUBLE: u64 = 1 << 24;
+
+/// Bytes per element of the sum of several passes' gradients of `elements` trained numbers: 8 (f64) makes the sum
+/// independent of how passes are distributed over processes; 4 (f32) limits memory.
+pub fn gradient_sum_bytes(elements: u64) -> u64 {
+    if elements <= MOST_DOUBLE { 8 } else { 4 }
+}
 
 /// Bytes per element of the normal matrices of a product with a `[k, d]` weight. 8 (f64) makes the sums independent of
 /// how passes are distributed over processes; 4 (f32) limits memory when the matrices have more than `MOST_DOUBLE`

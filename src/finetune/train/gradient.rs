@@ -9,6 +9,7 @@ use crate::base::{Error, Result};
 use crate::finetune::data::TrainingBatch;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, LossRow};
+use crate::finetune::plan::gradient_sum_bytes;
 use crate::finetune::settings::Settings;
 use crate::finetune::student::{SideTensors, Student};
 
@@ -33,8 +34,27 @@ impl Counts {
 /// The batch's contribution to each term's mean over the step, without the term's weight: f32 `[]`.
 pub type TermSums = BTreeMap<LossKind, Tensor>;
 
+/// True when gradients of several passes are added in f64. The sum of a few f32 numbers is then the same to the bit in any
+/// order, so it does not depend on how passes are divided among processes.
+pub fn sums_in_f64(student: &Student) -> bool {
+    let numbers: usize = student.weights_now().map(|weight| weight.tensor.numel()).sum();
+    gradient_sum_bytes(numbers as u64) == 8
+}
+
+/// Adds to a sum of gradients, which is or becomes f64 where `in_f64` says so.
+///
+/// Errors: `Error::Engine` when the shapes differ.
+pub fn add_to(sum: &mut Tensor, gradient: &Tensor, in_f64: bool) -> Result<()> {
+    if in_f64 && sum.kind() != Kind::Double {
+        *sum = sum.f_to_kind(Kind::Double).map_err(torch_error("gradient accumulation"))?;
+    }
+    let _ = sum.f_add_(gradient).map_err(torch_error("gradient accumulation"))?;
+    Ok(())
+}
+
 /// Runs one batch forward and backward, and adds its contribution to the gradients of the step's mean loss to
-/// `gradients`: one per currently trained weight, in their order, and none before the first pass of a step.
+/// `gradients`: one per currently trained weight, in their order, and none before the first pass of a step. They are f32
+/// after the first pass; see [`sums_in_f64`] for those after several.
 ///
 /// With gradient checkpointing a layer's gradients are added as soon as they are known, so a step with several passes
 /// never holds the gradients of all weights twice.
@@ -48,7 +68,7 @@ pub fn pass(
     gradients: &mut Vec<Tensor>,
 ) -> Result<TermSums> {
     let side = student.side(batch)?;
-    let step = Step { student, batch, settings, counts, side };
+    let step = Step { student, batch, settings, counts, side, in_f64: sums_in_f64(student) };
     if settings.batch.gradient_checkpointing == Some(true) && step.wants_head() {
         step.checkpointed(gradients)
     } else {
@@ -62,6 +82,7 @@ struct Step<'a> {
     settings: &'a Settings,
     counts: Counts,
     side: SideTensors,
+    in_f64: bool,
 }
 
 impl Step<'_> {
@@ -103,7 +124,7 @@ impl Step<'_> {
         let mut collected: Vec<Option<Tensor>> = sums.drain(..).map(Some).collect();
         collected.resize_with(parameters.len(), || None);
         for (sum, gradient) in collected.iter_mut().zip(gradients(&loss, &parameters)?) {
-            add(sum, gradient)?;
+            add(sum, gradient, self.in_f64)?;
         }
         *sums = self.all(collected)?;
         Ok(terms.detached())
@@ -160,7 +181,7 @@ impl Step<'_> {
                 upstream = found.pop();
             }
             for (&number, gradient) in own.iter().zip(found) {
-                add(&mut collected[number], gradient)?;
+                add(&mut collected[number], gradient, self.in_f64)?;
             }
         }
         *sums = self.all(collected)?;
@@ -287,12 +308,10 @@ impl Terms {
 }
 
 /// Adds a weight's gradient, which is undefined where the loss does not depend on the weight.
-fn add(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+fn add(sum: &mut Option<Tensor>, gradient: Tensor, in_f64: bool) -> Result<()> {
     match sum {
         _ if !gradient.defined() => {}
-        Some(sum) => {
-            let _ = sum.f_add_(&gradient).map_err(torch_error("gradient accumulation"))?;
-        }
+        Some(sum) => add_to(sum, &gradient, in_f64)?,
         None => *sum = Some(gradient),
     }
     Ok(())

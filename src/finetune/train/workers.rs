@@ -27,7 +27,8 @@ use crate::torch::Ranks;
 pub struct StepSums {
     /// Mean of each loss term over the step, without its weight.
     pub losses: BTreeMap<LossKind, f64>,
-    /// Gradients in the order of the network's trained weights; empty when no sample has an answer.
+    /// Gradients in the order of the network's trained weights, f32 as [`run`] gives them; empty when no sample has an
+    /// answer.
     pub gradients: Vec<Tensor>,
 }
 
@@ -54,12 +55,14 @@ pub fn run(
         passes(student, dataset, settings, share, counts, device)
     })?;
     let mut total = StepSums::default();
+    let in_f64 = students.first().is_some_and(gradient::sums_in_f64);
     for sums in results {
-        total.absorb(sums)?;
+        total.absorb(sums, in_f64)?;
     }
     if let (Some(ranks), Some(first)) = (run.ranks, students.first()) {
-        total.sum_over(ranks, first)?;
+        total.sum_over(ranks, first, in_f64)?;
     }
+    total.gradients_in(Kind::Float)?;
     Ok(total)
 }
 
@@ -131,7 +134,7 @@ fn passes(
 
 impl StepSums {
     /// Adds the sums of the other processes. A process without answers contributes zeros.
-    fn sum_over(&mut self, ranks: &Ranks, student: &Student) -> Result<()> {
+    fn sum_over(&mut self, ranks: &Ranks, student: &Student, in_f64: bool) -> Result<()> {
         let kinds: Vec<LossKind> = LOSSES.iter().map(|row| row.kind).collect();
         let mut numbers: Vec<f64> = vec![f64::from(u8::from(!self.gradients.is_empty()))];
         for kind in &kinds {
@@ -150,10 +153,21 @@ impl StepSums {
             let zeros = student.weights_now().map(|weight| weight.tensor.f_detach()?.f_zeros_like());
             self.gradients = zeros.collect::<Result<_, _>>().map_err(torch_error("the gradients of all ranks"))?;
         }
+        if in_f64 {
+            self.gradients_in(Kind::Double)?;
+        }
         ranks.sum(&self.gradients)
     }
 
-    fn absorb(&mut self, other: StepSums) -> Result<()> {
+    /// Converts the gradients, one after the other.
+    fn gradients_in(&mut self, kind: Kind) -> Result<()> {
+        for gradient in self.gradients.iter_mut().filter(|gradient| gradient.kind() != kind) {
+            *gradient = gradient.f_to_kind(kind).map_err(torch_error("gradient accumulation"))?;
+        }
+        Ok(())
+    }
+
+    fn absorb(&mut self, other: StepSums, in_f64: bool) -> Result<()> {
         for (kind, value) in other.losses {
             *self.losses.entry(kind).or_default() += value;
         }
@@ -161,8 +175,8 @@ impl StepSums {
             self.gradients = other.gradients;
             return Ok(());
         }
-        for (sum, gradient) in self.gradients.iter_mut().zip(&other.gradients) {
-            let _ = sum.f_add_(gradient).map_err(torch_error("gradient accumulation"))?;
+        for (sum, own) in self.gradients.iter_mut().zip(&other.gradients) {
+            gradient::add_to(sum, own, in_f64)?;
         }
         Ok(())
     }
@@ -363,6 +377,30 @@ mod tests {
     fn fewer_samples_than_workers_leave_workers_idle() {
         assert_eq!(distribute(cut(vec![7], |_| 5000, 4, 512), |_| 5000, 4), [[[7]]]);
         assert!(distribute(cut(Vec::new(), |_| 1, 4, 512), |_| 1, 4).is_empty());
+    }
+
+    /// However passes are divided among networks and processes. In f32 the order matters.
+    #[test]
+    fn gradients_sum_to_the_same_bits_in_any_order() {
+        let numbers = Tensor::arange(5000, (Kind::Float, Device::Cpu));
+        let passes: Vec<Tensor> = (1..9).map(|n| (&numbers * (0.37 * f64::from(n))).sin() / f64::from(n)).collect();
+        let total = |shares: &[&[usize]], in_f64: bool| -> Tensor {
+            let sum_of = |parts: Vec<StepSums>| {
+                let mut sum = StepSums::default();
+                parts.into_iter().for_each(|part| sum.absorb(part, in_f64).unwrap());
+                sum
+            };
+            let pass = |&pass: &usize| StepSums { gradients: vec![passes[pass].copy()], ..StepSums::default() };
+            let mut sum = sum_of(shares.iter().map(|share| sum_of(share.iter().map(pass).collect())).collect());
+            sum.gradients_in(Kind::Float).unwrap();
+            sum.gradients.remove(0)
+        };
+        let orders: [&[&[usize]]; 3] =
+            [&[&[0, 1, 2, 3, 4, 5, 6, 7]], &[&[0, 2, 4, 6], &[1, 3, 5, 7]], &[&[7], &[6, 1], &[5, 4, 3], &[2, 0]]];
+        let all = |in_f64| orders.map(|shares| total(shares, in_f64));
+        let (exact, rounded) = (all(true), all(false));
+        assert!(exact.iter().all(|sum| sum.kind() == Kind::Float && sum.equal(&exact[0])));
+        assert!(!rounded[1].equal(&rounded[0]) && rounded[1].allclose(&exact[0], 1e-5, 1e-6, false));
     }
 
     #[test]
