@@ -14,8 +14,8 @@ use crate::torch::{self, Hold, Options, Program};
 use crate::finetune::cut::{Cut, Suffix, inputs_of};
 use crate::finetune::data::{FeedPlace, Feeds, TrainingBatch};
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::{ComparedPoints, Compute, LossKind};
-use crate::finetune::settings::Precision;
+use crate::finetune::loss::{ComparedPoints, Compute, LossKind, TeacherOutput};
+use crate::finetune::settings::{Precision, Settings};
 
 /// The decoder from the first trained layer to the logits.
 pub struct Student {
@@ -35,9 +35,9 @@ pub struct Student {
     by_layer: Vec<Vec<usize>>,
     /// Points of the residual stream with targets, counted in layers from the first trained one, in the order of the
     /// targets.
-    pub points: Vec<usize>,
+    points: Vec<usize>,
     /// Those of `points` that the anchor term compares.
-    pub anchor_points: Vec<usize>,
+    anchor_points: Vec<usize>,
     /// The only layer in training, counted from the first trained one; None when all layers are trained together.
     pub only: Option<usize>,
 }
@@ -123,15 +123,32 @@ impl Student {
         })
     }
 
+    /// The network with these points of the residual stream to compare, in the order of the targets, and those of them that
+    /// the anchor term compares. They are counted in layers from the first trained one.
+    pub fn comparing(self, points: Vec<usize>, anchor_points: Vec<usize>) -> Self {
+        Student { points, anchor_points, ..self }
+    }
+
+    /// Points of the residual stream with targets.
+    pub fn points(&self) -> &[usize] {
+        &self.points
+    }
+
+    /// The layers whose targets passes with these settings read: `None` for all, and an empty range where no loss term
+    /// compares the stream.
+    pub fn layers_compared(&self, settings: &Settings) -> Option<Range<usize>> {
+        match settings.reads(TeacherOutput::Stream) {
+            true => self.only.map(|layer| self.layers_to_run(layer)),
+            false => Some(0..0),
+        }
+    }
+
     /// Makes this network, compiled from the same graph, a second worker of `first`. Both use the same weights in the
     /// same memory.
     ///
     /// Errors: `Error::Invalid` unless both train the same weights.
     pub fn work_for(&mut self, first: &Student) -> Result<()> {
-        self.program.share_weights(&first.program)?;
-        self.points.clone_from(&first.points);
-        self.anchor_points.clone_from(&first.anchor_points);
-        Ok(())
+        self.program.share_weights(&first.program)
     }
 
     /// Device of the weights.

@@ -27,8 +27,6 @@ pub struct TrainingSet {
     answer_starts: Vec<u64>,
     /// Residual stream at the layer where passes begin, one row per token; None when rows are computed on demand.
     stream: Option<Stream>,
-    /// Batches read the stream targets after these layers; None for all.
-    wanted: Option<Range<usize>>,
     /// The loaded samples, when rows are computed on demand.
     window: Option<Window>,
     /// Side values, one row per token, with their widths.
@@ -99,8 +97,8 @@ impl TrainingSet {
         let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Some(Stream { rows: hidden, before: 0 });
-        let (wanted, window, connector, targets) = (None, None, None, Targets::default());
-        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, connector, targets }
+        let (window, connector, targets) = (None, None, Targets::default());
+        TrainingSet { examples, starts, answer_starts, stream, window, side, connector, targets }
     }
 
     /// Adds the features that the connector in training reads, which are in the order of the examples.
@@ -116,7 +114,6 @@ impl TrainingSet {
             starts: Vec::new(),
             answer_starts: Vec::new(),
             stream: None,
-            wanted: None,
             window: None,
             side: None,
             connector: None,
@@ -172,15 +169,9 @@ impl TrainingSet {
         self.stream.as_ref().map_or(0, |stream| stream.before)
     }
 
-    /// Replaces the stream where passes begin and returns the previous one. Batches then read all targets again.
+    /// Replaces the stream where passes begin and returns the previous one.
     pub fn begin_at(&mut self, stream: Stream) -> Option<Stream> {
-        self.wanted = None;
         self.stream.replace(stream)
-    }
-
-    /// Limits the stream targets of batches to those after these layers; None for all.
-    pub fn want(&mut self, layers: Option<Range<usize>>) {
-        self.wanted = layers;
     }
 
     /// Length of each sample in tokens.
@@ -188,19 +179,19 @@ impl TrainingSet {
         self.examples.iter().map(|example| example.length).collect()
     }
 
-    /// The batch of these samples in host memory, with the graph inputs `feeds` and the targets that
-    /// [`TrainingSet::want`] selects.
+    /// The batch of these samples with all targets.
+    ///
+    /// Errors: as [`TrainingSet::batch_with`].
+    #[cfg(test)]
+    pub fn batch(&self, samples: &[usize], feeds: &Feeds) -> Result<TrainingBatch> {
+        self.batch_with(samples, feeds, None, true)
+    }
+
+    /// The batch of these samples in host memory, with the graph inputs `feeds`, the dense model's stream after the layers
+    /// `wanted` (None for all), and its answer distributions if `answers` is true. Other targets are not read.
     ///
     /// Errors: `Error::Io` when rows cannot be read; `Error::Invalid` when rows are not loaded, or samples lack data for an
     /// input; `Error::Engine` when LibTorch cannot create the tensors.
-    pub fn batch(&self, samples: &[usize], feeds: &Feeds) -> Result<TrainingBatch> {
-        self.batch_with(samples, feeds, self.wanted.clone(), true)
-    }
-
-    /// The batch of these samples, with the dense model's stream after the layers `wanted` (None for all), and with its
-    /// answer distributions if `answers` is true. Other targets are not read.
-    ///
-    /// Errors: as [`TrainingSet::batch`].
     pub fn batch_with(
         &self,
         samples: &[usize],

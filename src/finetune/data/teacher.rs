@@ -41,7 +41,10 @@ pub struct Teacher<'a> {
 /// Inputs of a run of the dense model.
 pub struct TeacherRequest<'a> {
     pub teacher: &'a Teacher<'a>,
-    pub trained: &'a [usize],
+    /// Points that loss terms compare.
+    pub points: Vec<Point>,
+    /// Points that only a fit compares.
+    pub fit_points: Vec<Point>,
     /// First trained layer, as an index in the pruned model.
     pub first: usize,
     pub source: &'a dyn Source,
@@ -62,9 +65,6 @@ pub struct TeacherTargets<'a> {
     /// SHA-256 of the dense model.
     pub digest: Sha256Digest,
     analysis: Analysis,
-    points: Vec<Point>,
-    /// Additional points that only a fit reads.
-    fit_points: Vec<Point>,
     /// Files of the outputs.
     files: TargetFiles,
     vocabulary: Option<usize>,
@@ -167,10 +167,6 @@ impl<'a> TeacherRequest<'a> {
     ///
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
     pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<TeacherTargets<'a>> {
-        let all = dense.points(self.teacher, self.trained, self.first, self.settings);
-        let by_terms = self.settings.clone().with(|s| s.fit.enabled = false);
-        let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
-        let fit_points = all.into_iter().filter(|point| !points.contains(point)).collect();
         let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
         let k = (self.settings.kd.top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
@@ -178,7 +174,7 @@ impl<'a> TeacherRequest<'a> {
         let file = |what: &str, key: Sha256Digest, element: RowDtype| {
             self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
         };
-        let streams = points.iter().map(|point| {
+        let streams = self.points.iter().map(|point| {
             let key = sha256_json(&("stream", &digest, self.data_digest, max_tokens, point.dense))?;
             Ok(file("streams", key, STREAMS))
         });
@@ -191,7 +187,7 @@ impl<'a> TeacherRequest<'a> {
         let files = TargetFiles { streams, answers: answers.transpose()? };
         let result = analysis.map.result;
         let head_input = Some(head_input(&analysis.model.graph, result)).filter(|&input| input != result);
-        Ok(TeacherTargets { request: self, digest, analysis, points, fit_points, files, vocabulary, head_input })
+        Ok(TeacherTargets { request: self, digest, analysis, files, vocabulary, head_input })
     }
 }
 
@@ -208,7 +204,7 @@ impl TeacherTargets<'_> {
 
     /// Compared points of the student's stream, counted in layers from the first trained one.
     pub fn student_points(&self) -> Vec<usize> {
-        self.points.iter().map(|point| point.student - self.request.first).collect()
+        self.request.points.iter().map(|point| point.student - self.request.first).collect()
     }
 
     /// The dense model, to be loaded on first use. With `frozen`, its outputs include that stream.
@@ -222,7 +218,7 @@ impl TeacherTargets<'_> {
         // Two points may compare the same value; a graph outputs it once.
         let mut values: Vec<ValueId> = Vec::new();
         let mut place_of = |id: ValueId| place_in(&mut values, id);
-        let points = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
+        let points = self.request.points.iter().map(|point| place_of(self.stream_before(point))).collect();
         let frozen = match frozen {
             Some(Frozen::Value(id)) => Some(place_of(id)),
             _ => None,
@@ -253,6 +249,20 @@ impl TeacherTargets<'_> {
         let Some(layer) = self.analysis.map.layers.get(first) else { return Ok(None) };
         let own = extract(&self.analysis.model, &[], &[layer.input])?;
         Ok(same_computation(&own.graph, &prefix.graph).then_some(Frozen::Value(layer.input)))
+    }
+
+    /// Computes the outputs for all samples unless their files exist.
+    ///
+    /// Errors: as [`TeacherTargets::fill`].
+    pub fn complete(&self, cancel: &Cancel) -> Result<()> {
+        if self.files_exist() {
+            return Ok(());
+        }
+        let mut running = self.running(None);
+        self.fill(self.request.source, &self.files, None, &mut running, "dense model", cancel)?;
+        drop(running);
+        self.release();
+        Ok(())
     }
 
     /// Runs the dense model over the samples of `source` and writes its outputs to `files`. With `frozen`, also fills
@@ -415,7 +425,7 @@ impl TeacherTargets<'_> {
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut places = Vec::with_capacity(layers.len());
         for layer in layers {
-            let mut points = self.points.iter().chain(&self.fit_points);
+            let mut points = self.request.points.iter().chain(&self.request.fit_points);
             let point = points
                 .find(|point| point.student == first + layer + 1)
                 .ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
@@ -454,7 +464,7 @@ impl TeacherTargets<'_> {
                 .remedy("name the model that was pruned as teacher"));
         }
         let first = self.request.first;
-        let streams = self.points.iter().zip(&files.streams).map(|(point, path)| {
+        let streams = self.request.points.iter().zip(&files.streams).map(|(point, path)| {
             let rows = RowsFile::open(path, total_tokens(examples), hidden_size, STREAMS)?;
             Ok(StreamTarget { rows, point: point.student - first })
         });

@@ -1,32 +1,36 @@
 //! A finetuning run: cuts the decoder, computes the frozen part, trains and writes the weights back into the graph.
 
+mod digests;
 mod frozen;
+mod live;
 mod planning;
 mod request;
+mod rows;
 
 use std::collections::BTreeMap;
-use std::panic::resume_unwind;
 use std::time::Instant;
 
 use tch::Device as TorchDevice;
 
-use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
-use crate::finetune::data::{
-    Example, Loads, RowDtype, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
-};
+use crate::finetune::data::{Loads, Teacher, TeacherRequest, TrainingSet, WINDOW_FOLDER};
 use crate::finetune::loss;
-use crate::finetune::plan::{KeptRows, PlannedData, RunPlan, anchor_points};
+use crate::finetune::plan::{Order, RunPlan, anchor_points};
 use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
-use crate::finetune::settings::{LearningRate, Lora};
+use crate::finetune::settings::{LearningRate, Lora, Settings};
 use crate::finetune::student::Student;
 use crate::finetune::train::{DenseStream, Drawn, Run, Summary, fit, search, train};
-use crate::torch::{Hold, Ranks};
+use crate::ir::Model;
+use crate::torch::Hold;
 
+use digests::open;
 use frozen::FrozenLayers;
-use planning::{Opened, estimated, resolve};
+use live::Live;
+use planning::Opened;
+use rows::Rows;
 
 pub use planning::plan_run;
 pub use request::{FinetunedModel, Report, Request};
@@ -55,199 +59,110 @@ pub fn finetune_with_teacher(
 ) -> Result<FinetunedModel> {
     let settings = &request.settings.clone().for_device(request.device);
     let request = &Request { settings, ..*request };
-    settings.check()?;
-    let losses = settings.losses();
-    let asked = || losses.keys().copied();
-    loss::check_teacher(asked(), settings.fit.enabled, teacher.is_some())?;
+    let teacher = needed(teacher, settings)?;
     let device = torch_device(request.device)?;
-    if device == TorchDevice::Cpu {
-        // The work of this thread between passes is too small to parallelise, and its last bits must not depend on the
-        // load of the machine.
-        tch::set_num_threads(1);
-    }
-    let wanted = settings.fit.enabled || asked().any(|kind| kind.needs_teacher());
-    let teacher = teacher.filter(|_| wanted);
-    // Files are hashed while the graphs are analysed.
-    let (digests, opened) = std::thread::scope(|scope| {
-        let (bundle, data) = (request.bundle, request.data);
-        let hashing = scope.spawn(move || {
-            let dense = teacher.map(|teacher| teacher.bundle.digest()).transpose()?;
-            Ok::<_, Error>((bundle.digest()?, data.digest()?, dense))
-        });
-        let opened = Opened::new(request, teacher);
-        (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
-    });
-    let mut opened = opened?;
+
+    let (digests, mut opened) = open(request, teacher)?;
     // On a GPU the sessions of ONNX Runtime have a limit too where the user set none.
     let request = &Request { limits: opened.limits, ..*request };
-    let dense = opened.dense.take();
-    let (model_digest, data_digest, dense_digest) = digests?;
-    let own = request.own_work();
-    std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
-    let mut inputs = BTreeMap::from([
-        ("model".to_string(), model_digest.clone()),
-        ("data".to_string(), data_digest.clone()),
-        ("layers".to_string(), sha256_json(&request.layers)?),
-        ("settings".to_string(), sha256_json(settings)?),
-    ]);
-    let first = opened.cut.first;
-    let element = RowDtype::of_stream(settings.precision_on(request.device));
-    let rows = ("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens, element);
-    let key = match opened.side.connector {
-        Some(connector) => sha256_json(&(rows, connector))?,
-        None => sha256_json(&rows)?,
-    };
-    let store = RowStore::new(&own, &key, opened.side.clone(), element);
-    let teacher_targets = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
-        let teacher_request = TeacherRequest {
+    let own = &request.own_work();
+    std::fs::create_dir_all(own).map_err(|e| Error::io("create", own, e))?;
+    let dense = opened.dense.take().zip(digests.dense.clone());
+    let targets = teacher.zip(dense).map(|(teacher, dense)| {
+        let asked = TeacherRequest {
             teacher,
-            trained: request.layers,
-            first,
+            points: opened.points.clone(),
+            fit_points: opened.fit_points.clone(),
+            first: opened.cut.first,
             source: request.data,
-            data_digest: &data_digest,
+            data_digest: &digests.data,
             settings,
             device: request.device,
             memory_limit: request.limits.memory,
-            work: &own,
+            work: own,
             features: request.features,
             connector: opened.side.connector.is_some(),
         };
-        teacher_request.prepare(dense, digest)
+        asked.prepare(dense.0, dense.1)
     });
-    let teacher_targets = teacher_targets.transpose()?;
-    let kept = store.open()?;
-    let prefix = FrozenLayers::new(request, &opened.cut)?;
-    let written = teacher_targets.as_ref().filter(|targets| kept.is_none() && !targets.files().is_empty());
-    let in_dense = written.map(|targets| prefix.in_dense(targets)).transpose()?.flatten();
-    if kept.is_none() {
-        opened.sessions.in_dense &= written.is_none() || in_dense.is_some();
-    }
-    let parts = opened.parts();
-    let mut estimate = PlannedData::default();
-    let rows = match kept {
-        Some(_) => None,
-        None => {
-            estimate = estimated(request.data, request.bundle)?;
-            let plan = resolve(request, &parts, estimate.clone(), None);
-            plan.check()?;
-            Some(plan.rows())
-        }
-    };
-    let rows = agreed(rows, request.ranks)?;
-    let (mut dataset, left_out) = match kept {
-        Some(kept) => kept,
-        None if rows == KeptRows::All => prefix.fill(&store, teacher_targets.as_ref(), in_dense, cancel)?,
-        None => {
-            let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
-            (TrainingSet::of_windows(examples), left_out)
-        }
-    };
+    let teacher_targets = targets.transpose()?;
+    let targets = teacher_targets.as_ref();
+    let frozen = FrozenLayers::new(request, &opened.cut)?;
 
-    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(rows));
-    plan.check()?;
-    if let Some(ranks) = request.ranks {
-        plan.take_passes_of_first(ranks)?;
-    }
-    notice(plan.line());
-    if let Some(connector) = &plan.connector {
-        notice(connector.line());
-    }
-    if let Some(targets) = &teacher_targets {
-        inputs.insert("teacher".to_string(), targets.digest.clone());
-        if rows != KeptRows::Nothing {
-            let files = targets.files();
-            if !targets.files_exist() {
-                let mut running = targets.running(None);
-                targets.fill(request.data, files, None, &mut running, "dense model", cancel)?;
-                drop(running);
-                targets.release();
-            }
-            let width = if rows == KeptRows::All { dataset.hidden_size() } else { opened.sizes.hidden_size as usize };
-            dataset.set_targets(targets.open(files, &dataset.examples, width)?);
-        }
-    }
-    let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
-    let (shared, ranks) = (request.work, request.ranks);
-    let asked_settings = settings;
-    let settings = &asked_settings.clone().with(|s| s.batch.gradient_checkpointing = Some(plan.gradient_checkpointing));
-    let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
-    let live = teacher_targets.as_ref().map(|targets| Live { targets, numbers, cancel });
-    let dense = live.as_ref().map(|live| live as &dyn DenseStream);
-    let threads = plan.threads as usize;
-    let fit_layers = plan.fit.as_ref().map_or(1, |fit| fit.together as usize);
-    let place = (own.as_path(), &opened.sizes);
-    let computed = teacher_targets.as_ref().filter(|_| rows == KeptRows::Nothing);
-    let streamed =
-        (rows != KeptRows::All).then(|| prefix.streamed(opened.side.clone(), computed, in_dense, place, cancel));
-    let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
+    let Rows { mut dataset, left_out, plan, streamed } =
+        rows::of(request, &opened, &frozen, (targets, &digests), cancel)?;
+
+    let inputs = &digests.inputs(request)?;
+    let planned = &settings.clone().with(|s| s.batch.gradient_checkpointing = Some(plan.gradient_checkpointing));
+    let live = targets.map(|targets| Live::new(targets, &dataset, cancel));
     let run = Run {
-        settings,
+        settings: planned,
+        order: plan.order,
         device,
-        batch_tokens,
-        threads,
-        streamed,
-        dense,
-        fit_layers,
-        first,
-        inputs: &inputs,
-        work,
-        shared,
-        ranks,
-        resume,
+        batch_tokens: plan.batch_tokens as usize,
+        threads: plan.threads as usize,
+        streamed: streamed.as_ref().map(|streamed| streamed as &dyn Loads),
+        dense: live.as_ref().map(|live| live as &dyn DenseStream),
+        fit_layers: plan.fit.as_ref().map_or(1, |fit| fit.together as usize),
+        first: opened.cut.first,
+        inputs,
+        work: own,
+        shared: request.work,
+        ranks: request.ranks,
+        resume: request.resume,
         cancel,
     };
-    let resumed = if request.resume { newest_totals(request.work)? } else { None };
-    // The dense model computes the targets of the fit before the networks take memory.
-    let fits = resumed.is_none() && settings.fit.enabled && !settings.layer_by_layer();
-    let drawn = fits.then(|| Drawn::new(&run, &opened.targets, &dataset)).transpose()?;
-    run.release_cached()?;
-    let mut students = compiled(request, &opened, &plan, device)?;
-    if let (Some(teacher), Some(targets)) = (teacher, &teacher_targets) {
-        let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
-        let anchors: Vec<usize> = points.filter_map(|point| point.checked_sub(first)).collect();
-        for student in &mut students {
-            student.points = targets.student_points();
-            student.anchor_points.clone_from(&anchors);
-        }
-    }
-    opened.cut.release_expanded();
-    let Opened { decoder, cut, targets, .. } = &opened;
-    let done = match resumed {
-        Some(totals) => totals,
-        None => begin(&run, targets, &mut students, &mut dataset, drawn)?,
-    };
-    let rate = best(&done.trials).unwrap_or(settings.peak_rate());
-    let chosen = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
-    let run = Run { settings: &chosen, ..run };
-    let summary = train(run, targets, &mut students, &mut dataset, done, observer)?;
-    let window = own.join(WINDOW_FOLDER);
-    if window.exists() {
-        std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
-    }
-    // The weights are read once more where they are merged and copied into the result.
-    decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
-    let tensors = students[0].changed(cut, settings.lora().map_or(1.0, Lora::scale))?;
-    let (of_connector, tensors) = tensors.into_iter().partition(|(id, _)| cut.of_connector(*id));
-    let decoder = written_back(decoder, tensors, &cut.quantised, settings.write_trained)?;
-    let connector = cut.connector.as_ref().map(|own| own.written_back(of_connector, settings.write_trained));
-    let connector = connector.transpose()?;
-    let layers = settings.trained_layers(request.layers, cut.analysis.map.layers.len());
-    let mut report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
+    let anchors = teacher.map_or(&[][..], |teacher| teacher.anchors);
+    let compile = |opened: &Opened| compiled(request, opened, &plan, anchors, device);
+    let trained = trained(run, &mut opened, &mut dataset, compile, observer)?;
+
+    let (decoder, connector) = written(request, &opened, &trained.network)?;
+    let mut report = report(request, &opened, &trained, inputs, &dataset, left_out)?;
     report.connector = opened.connector.filter(|_| connector.is_some()).map(|connector| connector.file);
     Ok(FinetunedModel { decoder, connector, report })
 }
 
+/// The dense model, if the run reads it.
+///
+/// Errors: those of the settings; `Error::Invalid` when the run needs the dense model and it is missing.
+fn needed<'t, 'b>(teacher: Option<&'t Teacher<'b>>, settings: &Settings) -> Result<Option<&'t Teacher<'b>>> {
+    settings.check()?;
+    let losses = settings.losses();
+    loss::check_teacher(losses.keys().copied(), settings.fit.enabled, teacher.is_some())?;
+    let wanted = settings.fit.enabled || losses.keys().any(|kind| kind.needs_teacher());
+    Ok(teacher.filter(|_| wanted))
+}
+
+/// LibTorch's device. On the CPU also sets the number of threads of this thread's work.
+fn torch_device(device: Device) -> Result<TorchDevice> {
+    match device {
+        Device::Cpu => {
+            // The work of this thread between passes is too small to parallelise, and its last bits must not depend on the
+            // load of the machine.
+            tch::set_num_threads(1);
+            Ok(TorchDevice::Cpu)
+        }
+        Device::Cuda(index) => crate::torch::cuda_device(index as usize),
+    }
+}
+
 /// The networks of a run: one, or one for each worker of its plan.
-fn compiled(request: &Request<'_>, opened: &Opened, plan: &RunPlan, device: TorchDevice) -> Result<Vec<Student>> {
+fn compiled(
+    request: &Request<'_>,
+    opened: &Opened,
+    plan: &RunPlan,
+    anchors: &[usize],
+    device: TorchDevice,
+) -> Result<Vec<Student>> {
+    let (settings, first) = (request.settings, opened.cut.first);
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
-    let compile = || {
-        Student::compile(
-            &opened.cut,
-            opened.suffix.clone(),
-            request.settings.precision_on(request.device),
-            hold,
-            device,
-        )
+    let points: Vec<usize> = opened.points.iter().map(|point| point.student - first).collect();
+    let anchors = anchor_points(anchors, request.layers, settings).into_iter();
+    let anchors: Vec<usize> = anchors.filter_map(|point| point.checked_sub(first)).collect();
+    let compile = || -> Result<Student> {
+        let precision = settings.precision_on(request.device);
+        let student = Student::compile(&opened.cut, opened.suffix.clone(), precision, hold, device)?;
+        Ok(student.comparing(points.clone(), anchors.clone()))
     };
     let mut students = vec![compile()?];
     while (students.len() as u64) < plan.workers {
@@ -258,57 +173,43 @@ fn compiled(request: &Request<'_>, opened: &Opened, plan: &RunPlan, device: Torc
     Ok(students)
 }
 
-/// The rows that are kept on disk: the decision of the first process, unless it has the rows of an earlier run. `own`: None in
-/// a process that has them.
-fn agreed(own: Option<KeptRows>, ranks: Option<&Ranks>) -> Result<KeptRows> {
-    const CHOICES: [KeptRows; 3] = [KeptRows::All, KeptRows::Dense, KeptRows::Nothing];
-    let Some(ranks) = ranks else { return Ok(own.unwrap_or(KeptRows::All)) };
-    let number = CHOICES.iter().position(|&choice| own == Some(choice)).unwrap_or(CHOICES.len());
-    let first = ranks.from_first(&[number as u8])?.first().and_then(|&first| CHOICES.get(usize::from(first)).copied());
-    Ok(own.map_or(KeptRows::All, |own| first.unwrap_or(own)))
+/// A trained network.
+struct Trained {
+    network: Student,
+    /// Peak learning rate.
+    rate: f64,
+    summary: Summary,
 }
 
-/// Sizes of the samples. Summaries of samples do not count image tokens; their number is estimated then.
-fn planned_data(dataset: &TrainingSet, estimate: &PlannedData) -> PlannedData {
-    let examples = &dataset.examples;
-    let tokens: u64 = examples.iter().map(|example| example.length as u64).sum();
-    let image = |example: &Example| example.detail().image.iter().map(|&[_, count]| u64::from(count)).sum::<u64>();
-    let counted: u64 = examples.iter().map(image).sum();
-    let share = |example| image(example) as f64 / example.length.max(1) as f64;
-    let scaled = u128::from(estimate.image_tokens) * u128::from(tokens) / u128::from(estimate.tokens.max(1));
-    PlannedData {
-        samples: examples.len() as u64,
-        tokens,
-        image_tokens: if counted > 0 { counted } else { scaled as u64 },
-        image_share: examples.iter().map(share).fold(if counted > 0 { 0.0 } else { estimate.image_share }, f64::max),
-        answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
-        longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
-        estimated: false,
+/// Fits and trains the networks that `compile` makes.
+fn trained(
+    run: Run<'_>,
+    opened: &mut Opened,
+    dataset: &mut TrainingSet,
+    compile: impl FnOnce(&Opened) -> Result<Vec<Student>>,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Trained> {
+    let resumed = if run.resume { newest_totals(run.shared)? } else { None };
+    // The dense model computes the targets of the fit before the networks take memory.
+    let fits = resumed.is_none() && run.settings.fit.enabled && run.order != Order::LayerByLayer;
+    let drawn = fits.then(|| Drawn::new(&run, &opened.targets, dataset)).transpose()?;
+    run.release_cached()?;
+    let mut students = compile(opened)?;
+    opened.cut.release_expanded();
+    let targets = &opened.targets;
+    let done = match resumed {
+        Some(totals) => totals,
+        None => begin(&run, targets, &mut students, dataset, drawn)?,
+    };
+    let rate = best(&done.trials).unwrap_or(run.settings.peak_rate());
+    let chosen = run.settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
+    let run = Run { settings: &chosen, ..run };
+    let summary = train(run, targets, &mut students, dataset, done, observer)?;
+    let window = run.work.join(WINDOW_FOLDER);
+    if window.exists() {
+        std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
-}
-
-/// Streams of the dense model for fits, indexed by position in the training set.
-struct Live<'a> {
-    targets: &'a TeacherTargets<'a>,
-    /// Number of each sample in its source.
-    numbers: Vec<u64>,
-    cancel: &'a Cancel,
-}
-
-impl DenseStream for Live<'_> {
-    fn computes(&self, layer: usize) -> bool {
-        !self.targets.student_points().contains(&(layer + 1))
-    }
-
-    fn rows_behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
-        let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
-        let mut found = self.targets.rows_behind(layers, &numbers, self.cancel)?;
-        let by_place = found.iter_mut().map(|rows| {
-            let own = samples.iter().zip(&numbers);
-            own.filter_map(|(&sample, number)| Some((sample, rows.remove(number)?))).collect()
-        });
-        Ok(by_place.collect())
-    }
+    Ok(Trained { network: students.swap_remove(0), rate, summary })
 }
 
 /// The phases before the first step: the fit of all layers, when they are trained together, and the search of the
@@ -326,34 +227,42 @@ fn begin(
         totals.fitted = fit(run, students, targets, dataset, drawn)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
     }
-    if run.settings.trains() {
+    if run.order != Order::FitOnly {
         totals.trials = search(run, targets, students, dataset)?;
     }
     Ok(totals)
 }
 
-fn torch_device(device: Device) -> Result<TorchDevice> {
-    match device {
-        Device::Cpu => Ok(TorchDevice::Cpu),
-        Device::Cuda(index) => crate::torch::cuda_device(index as usize),
-    }
+/// The decoder and the connector with the network's weights; no connector where it is not trained.
+fn written(request: &Request<'_>, opened: &Opened, network: &Student) -> Result<(Model, Option<Model>)> {
+    let Opened { decoder, cut, .. } = opened;
+    let settings = request.settings;
+    // The weights are read once more where they are merged and copied into the result.
+    decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
+    let tensors = network.changed(cut, settings.lora().map_or(1.0, Lora::scale))?;
+    let (of_connector, tensors) = tensors.into_iter().partition(|(id, _)| cut.of_connector(*id));
+    let decoder = written_back(decoder, tensors, &cut.quantised, settings.write_trained)?;
+    let connector = cut.connector.as_ref().map(|own| own.written_back(of_connector, settings.write_trained));
+    Ok((decoder, connector.transpose()?))
 }
 
 fn report(
     request: &Request<'_>,
-    trained: Vec<usize>,
-    learning_rate: f64,
-    inputs: BTreeMap<String, Sha256Digest>,
+    opened: &Opened,
+    trained: &Trained,
+    inputs: &BTreeMap<String, Sha256Digest>,
     dataset: &TrainingSet,
     left_out: LeftOut,
-    summary: &Summary,
 ) -> Result<Report> {
+    let Trained { rate, summary, .. } = trained;
+    let settings = request.settings;
     let totals = &summary.totals;
-    let layers = if request.settings.layer_by_layer() { request.layers.len().max(1) as u64 } else { 1 };
-    let (tokens, answer_tokens) = (totals.tokens / layers, totals.answer_tokens / layers);
+    // Layer by layer, every layer sees all tokens.
+    let times = if settings.layer_by_layer() { request.layers.len().max(1) as u64 } else { 1 };
+    let (tokens, answer_tokens) = (totals.tokens / times, totals.answer_tokens / times);
     Ok(Report {
-        provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
-        layers: trained,
+        provenance: Provenance::new(Report::SCHEMA_VERSION, inputs.clone(), settings)?,
+        layers: settings.trained_layers(request.layers, opened.cut.analysis.map.layers.len()),
         connector: None,
         trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
@@ -363,7 +272,7 @@ fn report(
         resumed_from_step: summary.resumed_from,
         tokens,
         answer_tokens,
-        learning_rate,
+        learning_rate: *rate,
         trials: totals.trials.clone(),
         fitted: totals.fitted.clone(),
         fit_s: totals.fit_seconds,

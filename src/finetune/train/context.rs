@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 use crate::base::{Cancel, Result, Sha256Digest};
 use crate::finetune::checkpoint::{Checkpoints, checkpoints};
 use crate::finetune::data::{Loads, TrainingSet};
+use crate::finetune::plan::Order;
 use crate::finetune::settings::Settings;
 use crate::torch::Ranks;
 
@@ -17,6 +18,8 @@ use super::dense::DenseStream;
 #[derive(Clone, Copy)]
 pub struct Run<'a> {
     pub settings: &'a Settings,
+    /// Order in which layers are trained.
+    pub order: Order,
     pub device: Device,
     /// Maximum number of tokens of one forward pass, padding included. A longer sample forms a pass of its own.
     pub batch_tokens: usize,

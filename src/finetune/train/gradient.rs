@@ -199,7 +199,7 @@ impl Step<'_> {
     }
 
     fn points(&self) -> &[usize] {
-        &self.student.points
+        self.student.points()
     }
 
     /// Adds the terms that compare the logits `[N, V]` at the answer positions.

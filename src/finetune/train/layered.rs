@@ -81,8 +81,6 @@ fn train_each_layer(
         if first.is_none() {
             *first = before;
         }
-        let layers = students.first().map(|student| student.layers_to_run(target.layer));
-        dataset.want(layers);
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
         progress.fit(&target.last(), students, dataset, &checkpoints)?;
         let mut trainer = Trainer::new(run, range, students, dataset)?;
@@ -163,7 +161,6 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
     if from >= to {
         return Ok(None);
     }
-    dataset.want(Some(0..0));
     // The layers' output has the type of their input.
     let element = dataset.stream_element().unwrap_or(RowDtype::F32);
     let path = run.work.join(format!("stream-{to}.{}", element.extension()));
@@ -205,7 +202,7 @@ fn streams(
         let _guard = tch::no_grad_guard();
         let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
         let feeds = student.feeds();
-        let make = |samples: &[usize]| dataset.batch(samples, feeds);
+        let make = |samples: &[usize]| dataset.batch_with(samples, feeds, Some(0..0), false);
         each_batch(passes, device, make, |samples, batch| {
             let side = student.side(batch)?;
             let mut stream = student.entering(&batch.hidden)?;

@@ -24,7 +24,7 @@ use crate::finetune::cut::FitTarget;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::LossKind;
-use crate::finetune::plan::{StepRange, StepSamples, TrialPlan, order};
+use crate::finetune::plan::{Order, StepRange, StepSamples, TrialPlan, order};
 use crate::finetune::record::{METRICS_FILE, RateTrial, StepMetrics, Totals, best, read_metrics};
 use crate::finetune::settings::{LearningRate, Settings, Stage};
 use crate::finetune::student::Student;
@@ -62,7 +62,7 @@ pub fn search(
         return Ok(Vec::new());
     }
     let rates = wanted.candidates(settings.optimizer.kind);
-    let layers = if settings.layer_by_layer() { targets.len() } else { 1 };
+    let layers = if run.order == Order::LayerByLayer { targets.len() } else { 1 };
     let plan = TrialPlan::of(settings, dataset.examples.len(), layers);
     let mut trials: Vec<RateTrial> = Vec::with_capacity(rates.len());
     let before = copies(students)?;
@@ -164,7 +164,7 @@ fn trial(
     let held_out = if short { held_out(&own, dataset, plan) } else { Vec::new() };
     let trained = train(run, targets, students, dataset, Totals::default(), &mut |_| ());
     let steps = trained.as_ref().map_or(0, |summary| summary.steps);
-    let loss = trained.and_then(|_| match (short, settings.layer_by_layer()) {
+    let loss = trained.and_then(|_| match (short, run.order == Order::LayerByLayer) {
         (true, _) => answers(&own, students, dataset, &held_out, &run),
         (false, true) => answers(&own, students, dataset, &order::epoch(&own, &dataset.lengths(), 0), &run),
         (false, false) => Ok(judged(&read_metrics(&folder.join(METRICS_FILE))?)),
@@ -208,11 +208,13 @@ pub fn train(
     start_totals: Totals,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
-    if run.settings.layer_by_layer() {
-        return train_layers(run, targets, students, dataset, start_totals, observer);
+    match run.order {
+        Order::LayerByLayer => train_layers(run, targets, students, dataset, start_totals, observer),
+        Order::Together | Order::FitOnly => {
+            let range = StepRange::whole(run.settings, dataset.examples.len());
+            Trainer::new(run, range, students, dataset)?.run(start_totals, observer)
+        }
     }
-    let range = StepRange::whole(run.settings, dataset.examples.len());
-    Trainer::new(run, range, students, dataset)?.run(start_totals, observer)
 }
 
 /// Mean cross-entropy, in nats, of the answer tokens in these steps.
@@ -224,7 +226,6 @@ fn answers(
     run: &Run<'_>,
 ) -> Result<f64> {
     let settings = settings.clone().with(|settings| settings.stages = Stage::only([(LossKind::Ce, 1.0)]));
-    dataset.want(Some(0..0));
     let (mut sum, mut count) = (0.0, 0.0);
     for step in steps {
         let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].answers).sum();
@@ -233,7 +234,6 @@ fn answers(
         sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;
         count += tokens as f64;
     }
-    dataset.want(None);
     Ok(sum / count.max(1.0))
 }
 

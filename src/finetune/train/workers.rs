@@ -16,7 +16,7 @@ use super::gradient::{self, Counts};
 use super::pool::on_pool;
 use crate::finetune::data::{TrainingBatch, TrainingSet};
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::{LOSSES, LossKind};
+use crate::finetune::loss::{LOSSES, LossKind, TeacherOutput};
 use crate::finetune::optim::{OptimizedParameter, Optimizer};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
@@ -123,7 +123,8 @@ fn passes(
         Ok(())
     };
     let feeds = student.feeds();
-    each_batch(batches, device, |samples| dataset.batch(samples, feeds), one)?;
+    let (layers, answers) = (student.layers_compared(settings), settings.reads(TeacherOutput::Logits));
+    each_batch(batches, device, |samples| dataset.batch_with(samples, feeds, layers.clone(), answers), one)?;
     if !terms.is_empty() {
         let sums: Vec<&Tensor> = terms.values().collect();
         let read = || Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?);
