@@ -1,5 +1,6 @@
 //! Settings of a finetuning run, and named recipes.
 
+mod check;
 mod learning_rate;
 mod moved;
 mod recipe;
