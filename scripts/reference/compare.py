@@ -284,6 +284,8 @@ def compare(arguments):
             print(f"{name}: average score {100 * scores(arguments, folder)['model']['mean_of_groups']:.2f}")
     if worst > 1e-3:
         sys.exit("compare: the losses are more than 1e-3 apart")
+    if arguments.device == "cpu" and (faster < 1.9 or smaller > 0.5):
+        sys.exit("compare: expected at least 1.9 times the tokens/s at 0.5 of the memory or less")
 
 
 def main():

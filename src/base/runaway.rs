@@ -4,10 +4,11 @@
 //! nest values so deep that a recursive function overflows its stack. The work runs in a thread with a large stack and is
 //! watched from outside.
 
+use std::cell::RefCell;
 use std::fs;
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::OnceLock;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,14 @@ const STACK_BYTES: usize = 512 << 20;
 
 type Handler = Box<dyn Fn(Error) + Send + Sync>;
 
+type Job = Box<dyn FnOnce() + Send>;
+
 static HANDLER: OnceLock<Handler> = OnceLock::new();
+
+thread_local! {
+    /// The thread that does this thread's confined work, while it is idle. It ends with this one.
+    static IDLE: RefCell<Option<Sender<Job>>> = const { RefCell::new(None) };
+}
 
 /// Sets what is done with the error of work that takes all memory: report it and end the process. The first call counts;
 /// without one, the memory of confined work is not limited.
@@ -33,9 +41,10 @@ pub fn on_runaway(handler: impl Fn(Error) + Send + Sync + 'static) {
     let _ = HANDLER.set(Box::new(handler));
 }
 
-/// Does the work in a thread with a stack of 512 MiB. When the process grows by more than 1 GiB meanwhile, the handler of
-/// `on_runaway` gets an error. `error` makes errors from what the work did wrong. Work that is over its time is left behind:
-/// its thread ends with the process.
+/// Does the work in a thread with a stack of 512 MiB, which the calling thread keeps for its next work: starting one takes
+/// longer than most work. When the process grows by more than 1 GiB after the first 20 ms, the handler of `on_runaway` gets an
+/// error. `error` makes errors from what the work did wrong. Work that is over its time is left behind with its thread, which
+/// ends with the process or the work.
 ///
 /// Errors: that of `error` when the work takes longer than `limit`, and `Error::Interrupted` when the user asks to stop and
 /// it has run for a second; `Error::Io` when the thread cannot be started.
@@ -45,28 +54,50 @@ pub fn confined<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
     let (finished, is_finished) = channel();
-    let thread = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || drop(finished.send(work())));
-    let thread = thread.map_err(|e| Error::io("reserve a stack of 512 MiB for", "a thread", e))?;
-    let (begun, before, cancel) = (Instant::now(), resident_bytes(), installed_cancel());
+    let worker = started(Box::new(move || drop(finished.send(catch_unwind(AssertUnwindSafe(work))))))?;
+    let (begun, mut before) = (Instant::now(), None);
     loop {
         match is_finished.recv_timeout(INTERVAL) {
-            Ok(result) => return Ok(result),
+            Ok(result) => {
+                IDLE.with_borrow_mut(|idle| *idle = Some(worker));
+                return result.or_else(|panic| resume_unwind(panic));
+            }
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => match thread.join() {
-                Err(panic) => resume_unwind(panic),
-                Ok(()) => return Err(error("ended without a result")),
-            },
+            Err(RecvTimeoutError::Disconnected) => return Err(error("ended without a result")),
         }
-        if let Some(handler) = HANDLER.get().filter(|_| resident_bytes().saturating_sub(before) > MOST_GROWTH) {
-            handler(error("takes more than 1 GB of memory"));
+        if let Some(handler) = HANDLER.get() {
+            let now = resident_bytes();
+            if now.saturating_sub(*before.get_or_insert(now)) > MOST_GROWTH {
+                handler(error("takes more than 1 GB of memory"));
+            }
         }
         if begun.elapsed() > limit {
             return Err(error(&format!("takes longer than {} s", limit.as_secs_f64())));
         }
         if begun.elapsed() > PATIENCE {
-            cancel.check("nothing was written by the step in progress")?;
+            installed_cancel().check("nothing was written by the step in progress")?;
         }
     }
+}
+
+/// Gives the job to this thread's worker, or to a new one.
+///
+/// Errors: `Error::Io` when no thread can be started.
+fn started(job: Job) -> Result<Sender<Job>> {
+    let job = match IDLE.take() {
+        // A worker ends only when its sender is dropped.
+        Some(worker) => match worker.send(job) {
+            Ok(()) => return Ok(worker),
+            Err(returned) => returned.0,
+        },
+        None => job,
+    };
+    let (worker, jobs) = channel::<Job>();
+    let loops = move || jobs.into_iter().for_each(|job| job());
+    let thread = thread::Builder::new().stack_size(STACK_BYTES).spawn(loops);
+    thread.map_err(|e| Error::io("reserve a stack of 512 MiB for", "a thread", e))?;
+    worker.send(job).map_err(|_| Error::invalid("a thread", "ended before its first work"))?;
+    Ok(worker)
 }
 
 /// Resident memory now, in bytes; 0 where the system does not report it.
@@ -92,6 +123,20 @@ mod tests {
         let late = confined(Duration::from_millis(50), error, endless).unwrap_err().to_string();
         assert!(late.contains("work") && late.contains("longer than 0.05 s"), "{late}");
         assert!(begun.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn one_thread_does_all_confined_work_of_a_thread_and_late_work_keeps_its_own() {
+        let error = |problem: &str| Error::invalid("work", problem);
+        let id = || confined(Duration::from_secs(60), error, || thread::current().id()).unwrap();
+        let first = id();
+        assert_eq!(id(), first);
+        let panics = || confined(Duration::from_secs(60), error, || panic!("a fault of the work"));
+        assert!(catch_unwind(panics).is_err());
+        assert_eq!(id(), first, "a panic ends the work, not its thread");
+        let endless = || thread::sleep(Duration::from_secs(3600));
+        confined(Duration::from_millis(30), error, endless).unwrap_err();
+        assert_ne!(id(), first, "the late work still has its thread");
     }
 
     #[test]

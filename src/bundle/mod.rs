@@ -34,7 +34,7 @@ pub use manifest::{ExportManifest, ListedScores, MANIFEST_SCHEMA_VERSION};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use source::ModelSource;
 pub use tower::Tower;
-pub use variants::{PRECISION_VARIANTS, Variants};
+pub use variants::{PRECISION_VARIANTS, Variants, variant_flag};
 pub use write::{BundleWriter, config_without_layers};
 
 use std::collections::{BTreeMap, BTreeSet};

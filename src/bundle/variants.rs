@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::base::{Error, Result, list_preview};
 
 use super::component::Component;
@@ -22,6 +25,11 @@ fn hint(name: &str) -> Option<String> {
     Some(format!("`export --precision {name}` writes the variant `{variant}`"))
 }
 
+/// The flag that chooses these variants, for messages.
+pub fn variant_flag(chosen: Option<&str>) -> String {
+    chosen.map_or_else(|| "no `--variant`".to_string(), |variants| format!("`--variant {variants}`"))
+}
+
 /// Roles that a variant can be chosen for.
 pub(super) const ROLES: &[Role] = &[
     Role::VisionEncoder,
@@ -33,8 +41,11 @@ pub(super) const ROLES: &[Role] = &[
     Role::LmHead,
 ];
 
-/// Precision variants: one for all components, or one for each component that is named.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Precision variants: one for all components, or one for each component that is named. In files and on the command line a
+/// text, `q4` or `decoder=q4,vision_encoder=fp16`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
 pub struct Variants {
     all: Option<String>,
     pub(super) roles: BTreeMap<Role, String>,
@@ -112,6 +123,20 @@ impl FromStr for Variants {
             }
         }
         Ok(Variants { all: None, roles })
+    }
+}
+
+impl TryFrom<String> for Variants {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Variants> for String {
+    fn from(variants: Variants) -> Self {
+        variants.to_string()
     }
 }
 

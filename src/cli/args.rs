@@ -27,13 +27,6 @@ impl VariantArgs {
     }
 }
 
-/// The model at this path, which may be a name on the hub, in its most precise variants.
-///
-/// Errors: as `ModelSource::find`.
-pub fn model(path: &Path, context: &Context) -> base::Result<ModelSource> {
-    ModelSource::find(path, None, &context.cancel)
-}
-
 /// A list of layers, `2,5`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerList(pub Vec<usize>);

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use crate::base::{Error, ScratchDir, StagedDir, folder_of, human_bytes};
-use crate::bundle::{Bundle, ModelSource};
+use crate::bundle::{Bundle, ModelSource, Variants};
 use crate::checkpoint::checkpoint_on_disk;
 use crate::data::Dataset;
 use crate::export::triton::{Accelerator, InstanceKind, Serving, Versions};
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, VocabularyReport, target_named};
 
-use super::args::{amount, model};
+use super::args::amount;
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 use super::precision::{PrecisionArgs, print_precision};
@@ -35,9 +35,10 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
     /// Export this precision variant of each component, such as fp16 or q4, or one for each that is named, as in
-    /// decoder=q4,vision_encoder=fp16 [default: the most precise one]
-    #[arg(long, value_name = "NAME")]
-    variant: Option<String>,
+    /// decoder=q4,vision_encoder=fp16; with --precision and --vocabulary that which they change, and of --dense too
+    /// [default: the most precise one, of a folder for transformers-js and webgpu all]
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<Variants>,
     /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]
     #[arg(long, alias = "max-ir", value_name = "N")]
     max_ir_version: Option<i64>,
@@ -49,7 +50,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     opset: Option<i64>,
     /// Split tables of embeddings and weights of products above this size, such as 1GB, for devices with a largest buffer;
-    /// another initializer above it is an error [default: 1GB for webgpu, else unchanged]
+    /// another initializer above it is an error. What the graphs compute is measured, and the longest prompt that fits is
+    /// recorded [default: 1GB for webgpu, else unchanged]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     max_buffer: Option<u64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
@@ -127,7 +129,7 @@ fn refuse_settings(settings: &ExportSettings) -> anyhow::Result<()> {
 
 /// Errors: `Error::Invalid` for a smaller head in a target that writes the weights of a checkpoint.
 fn refuse_vocabulary(args: &Args) -> anyhow::Result<()> {
-    match args.to.filter(|target| args.vocabulary.is_some() && !target.reads("--variant")) {
+    match args.to.filter(|target| args.vocabulary.is_some() && !target.writes_graphs()) {
         Some(target) => Err(Error::invalid("`--vocabulary`", format!("is not read by the target `{}`", target.name))
             .remedy("leave it out: a checkpoint has the whole head")
             .into()),
@@ -179,22 +181,23 @@ fn print_vocabulary(report: &VocabularyReport, output: &Output) -> anyhow::Resul
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     args.precision.check()?;
     refuse_vocabulary(&args)?;
-    let variants = args.variant.as_deref().map(str::parse).transpose();
-    let variants = variants.map_err(|problem: String| Error::invalid("`--variant`", problem))?;
-    let bundle = Bundle::open(ModelSource::find(&args.model, variants, &context.cancel)?.path())?;
+    let find = |model: &Path| ModelSource::find(model, args.variant.clone(), &context.cancel);
+    let source = find(&args.model)?;
+    let bundle = source.open()?;
     let output = &context.output;
     let base = args.base.map(|base| checkpoint_on_disk(&base, &context.cancel)).transpose()?;
-    let dense = args.dense.map(|dense| model(&dense, context)).transpose()?;
+    let dense = args.dense.as_deref().map(find).transpose()?;
     let settings = ExportSettings {
         max_batch_size: args.max_batch_size,
-        variant: args.variant,
+        // A precision is written of the chosen variant, and a head is cut of it.
+        variant: source.chosen().filter(|_| args.precision.is_empty() && args.to.is_some()),
         max_ir_version: args.max_ir_version,
         standard_ops: args.standard_ops,
         opset: args.opset,
         max_buffer_bytes: args.max_buffer,
         serving: args.triton.into(),
         base,
-        dense: dense.map(|dense| dense.path().to_path_buf()),
+        dense,
         reports: args.report,
         shard_bytes: args.shard_size,
     };
@@ -211,7 +214,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
     };
     let export = match (args.to, args.precision.is_empty()) {
-        (Some(target), true) => export::export(&bundle, target, &settings, &args.output)?,
+        (Some(target), true) => export::export(&bundle, target, &settings, &args.output, &context.cancel)?,
         (target, _) => {
             let data = args.precision.dataset(&bundle)?;
             let request = args.precision.request(data.as_ref(), &context.cancel);
@@ -224,7 +227,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
                 }
                 return Ok(Outcome::Done);
             };
-            let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
+            let export = export::export_variants(&bundle, &request, target, &settings, &args.output, &context.cancel)?;
             if !output.json {
                 print_precision(&export.precision, export.sensitivity.as_ref(), output)?;
             }

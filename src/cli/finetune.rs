@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
+use crate::bundle::{ModelSource, Variants};
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, MOST_BATCH_TOKENS, PlannedBytes, Precision, RECIPES, RecipeRow,
@@ -17,7 +18,7 @@ use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
-use super::args::{self, TrainedLayers, VariantArgs, amount, amount_or_none, fraction, positive};
+use super::args::{TrainedLayers, VariantArgs, amount, amount_or_none, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
@@ -120,6 +121,9 @@ pub struct Args {
     dry_run: bool,
     #[arg(long, value_name = "MODEL", help = TEACHER_HELP)]
     teacher: Option<PathBuf>,
+    /// Run this precision variant of the teacher, as --variant does of MODEL [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT", requires = "teacher")]
+    teacher_variant: Option<Variants>,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -187,7 +191,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         (None, _) => Trained::Layers(None),
     };
     let model = args.variant.source(&args.model, context)?;
-    let teacher = args.teacher.as_deref().map(|path| args::model(path, context)).transpose()?;
+    let teacher =
+        args.teacher.map(|path| ModelSource::find(&path, args.teacher_variant, &context.cancel)).transpose()?;
     let request = Finetune {
         model: &model,
         trained,
@@ -198,7 +203,13 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
-        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, cache: args.cache_bytes, workers: None },
+        limits: Limits {
+            memory: args.memory,
+            batch_tokens: args.batch_tokens,
+            cache: args.cache_bytes,
+            ..Limits::default()
+        }
+        .with_environment()?,
         ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
         teacher: teacher.as_ref(),

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, check_output_file};
-use crate::bundle::ModelSource;
+use crate::bundle::{ModelSource, Variants};
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
-use super::args::{self, VariantArgs, positive};
+use super::args::{VariantArgs, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 
@@ -48,6 +48,9 @@ pub struct Args {
     /// Answer with this model too, and print both answers
     #[arg(long, value_name = "MODEL", conflicts_with = "data")]
     compare: Option<PathBuf>,
+    /// Run this precision variant of the model of --compare, as --variant does of MODEL [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT", requires = "compare")]
+    compare_variant: Option<Variants>,
     /// Answer the last question of each sample of this data set
     #[arg(long, value_name = "DATA", requires = "output")]
     data: Option<PathBuf>,
@@ -71,7 +74,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let decoding =
         Decoding { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let model = args.variant.source(&args.model, context)?;
-    let compared = args.compare.as_deref().map(|path| args::model(path, context)).transpose()?;
+    let compared =
+        args.compare.map(|path| ModelSource::find(&path, args.compare_variant, &context.cancel)).transpose()?;
     let models: Vec<ModelSource> = [model.clone()].into_iter().chain(compared).collect();
     for model in &models {
         steps::check_answers(model)?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::base::{human_bytes, peak_memory_bytes};
+use crate::bundle::Variants;
 use crate::pipeline::{self, MANIFEST_FILE, Recipe, TABLE_FILE};
 use crate::report::draw_front;
 
@@ -22,11 +23,16 @@ pub struct Args {
     /// Write everything to this folder [default: the recipe's `output`]
     #[arg(short, long, value_name = "FOLDER")]
     output: Option<PathBuf>,
+    /// Take this precision variant of every component of the model, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16 [default: the file's `variant`, else the most precise ones]
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<Variants>,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let start = Instant::now();
-    let recipe = Recipe::read(&args.recipe)?;
+    let mut recipe = Recipe::read(&args.recipe)?;
+    recipe.variant = args.variant.or(recipe.variant);
     let output = &context.output;
     let result = pipeline::run(&recipe, args.output.as_deref(), &context.cancel, &mut |text| output.note(text))?;
     if output.json {

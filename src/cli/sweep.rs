@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::bundle::Variants;
 use crate::pipeline::{self, SWEEP_FILE, Sweep};
 use crate::report::draw_front;
 
@@ -20,10 +21,15 @@ pub struct Args {
     /// Write everything to this folder [default: the file's `output`]
     #[arg(short, long, value_name = "FOLDER")]
     output: Option<PathBuf>,
+    /// Take this precision variant of every component of the model, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16 [default: the file's `variant`, else the most precise ones]
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<Variants>,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let sweep = Sweep::read(&args.sweep)?;
+    let mut sweep = Sweep::read(&args.sweep)?;
+    sweep.variant = args.variant.or(sweep.variant);
     let output = &context.output;
     let result = pipeline::sweep(&sweep, args.output.as_deref(), &context.cancel, &mut |text| output.note(text))?;
     if output.json {

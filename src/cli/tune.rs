@@ -11,7 +11,7 @@ use crate::pipeline::steps::default_work_folder;
 use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Tune, TuneReport, TuneTarget, tune};
 use crate::report::draw_tuning;
 
-use super::args::{fraction, model, positive};
+use super::args::{VariantArgs, fraction, positive};
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 
@@ -27,6 +27,8 @@ use super::output::{Output, table};
 pub struct Args {
     /// Model folder, or hf:OWNER/NAME[@REVISION] on the hub
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Reach the first token within this time from an encoded picture and a question, as in 800ms or 1.2s
     #[arg(long, value_name = "TIME", value_parser = value_of("ttft"))]
     ttft: Option<f64>,
@@ -134,9 +136,9 @@ pub fn run(args: Args, context: &Context, healer: Option<Healer>) -> anyhow::Res
         None => None,
     };
     let work = args.work.or_else(|| args.output.as_deref().map(default_work_folder)).unwrap_or_default();
-    let source = model(&args.model, context)?;
+    let source = args.variant.source(&args.model, context)?;
     let request = Tune {
-        model: source.path(),
+        model: &source,
         calibration: Calibration {
             data: args.data,
             turns: args.turns,

@@ -8,7 +8,7 @@ use crate::base::Device;
 use crate::eval::{self, CheckStatus, DeviceLimits};
 use crate::runtime::Runtime;
 
-use super::args::{VariantArgs, amount, model};
+use super::args::{VariantArgs, amount};
 use super::context::{Context, Outcome};
 
 /// Check that the files load, agree with each other and give equal results in ONNX Runtime and LibTorch
@@ -38,11 +38,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let source = args.variant.source(&args.model, context)?;
     let runtime = Runtime::new(args.device)?;
     let limits = DeviceLimits::new(args.max_buffer, args.webgpu);
     let report = match &args.inputs {
-        Some(inputs) => eval::verify_on(model(&args.model, context)?.path(), inputs, &runtime)?,
-        None => eval::verify(&args.variant.source(&args.model, context)?, limits, &runtime, &context.cancel)?,
+        Some(inputs) => eval::verify_on(&source, inputs, &runtime)?,
+        None => eval::verify(&source, limits, &runtime, &context.cancel)?,
     };
     let output = &context.output;
     if output.json {

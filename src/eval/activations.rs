@@ -1,21 +1,23 @@
-//! Sizes of what a graph computes, measured: every value of the graph is an output of a run without optimisations.
+//! Sizes of what a graph computes, measured: every value of the graph is an output of a run without optimisations, and every value
+//! of a body gives out its number of elements.
 //!
 //! A decoder and its head run prompts of several lengths. A value's size is a polynomial of the length of degree two at most,
 //! that of a score for each pair of tokens, so three lengths give its size at every length.
 
-use crate::base::{Cancel, Error, Result, human_bytes};
+use crate::base::{Cancel, Device, Error, Progress, Result, human_bytes, list_preview};
 use crate::bundle::{Bundle, Component, Role};
-use crate::ir::{Model, Node, ValueId, ValueType};
+use crate::ir::{DataType, Model, ValueId};
 use crate::onnx;
 use crate::runtime::{Decoder, Optimisation, Outputs, Runtime, Session, SessionOptions, Step, TensorValue};
 
 use super::agreement::{Probe, token_types_of};
-use super::checks::{CheckStatus, Checks};
+use super::bodies::{self, Counted, Inside, computed};
+use super::checks::{Check, CheckStatus, Checks};
 use super::pixels::pixel_feeds;
 use super::probe::{noise, noise_text, token_ids};
 
 /// Name of the check.
-const CHECK: &str = "buffers of activations";
+pub(super) const ACTIVATIONS: &str = "buffers of activations";
 /// What remains after Ctrl-C.
 const KEPT: &str = "no report is written";
 /// Step between the lengths that are run, and the first of them, in tokens.
@@ -26,19 +28,37 @@ const LENGTHS: [usize; 3] = [STEP, 2 * STEP, 3 * STEP];
 const MOST_NUMBERS: usize = 1 << 28;
 /// Longer prompts are not told apart.
 const LONGEST: u64 = 1 << 32;
-/// Operators whose results are no tensors.
-const NO_TENSORS: &[&str] = &[
-    "SequenceConstruct",
-    "SequenceEmpty",
-    "SequenceInsert",
-    "SequenceErase",
-    "SequenceMap",
-    "SplitToSequence",
-    "Optional",
-];
 
-/// True when all values fit, and the finding.
-type Finding = (bool, String);
+/// What was found of a component.
+struct Finding {
+    status: CheckStatus,
+    /// The most tokens of a prompt of which all values fit; `None` where no value grows beyond the limit, and of a picture.
+    longest_prompt: Option<u64>,
+    /// Bytes of the largest value of a picture.
+    largest_bytes: Option<u64>,
+    detail: String,
+}
+
+/// True for a component whose values are measured.
+pub fn is_measured(role: Role) -> bool {
+    role.is_decoder() || matches!(role, Role::LmHead | Role::VisionEncoder)
+}
+
+/// Checks the values that components compute against a largest buffer, on the processor, as `verify` does.
+///
+/// Errors: `Error::Interrupted`. Any other error is in the checks.
+pub fn activation_checks(bundle: &Bundle, parts: &[&Component], limit: u64, cancel: &Cancel) -> Result<Vec<Check>> {
+    let mut checks = Checks(Vec::new());
+    let progress = Progress::new("measure", "files", parts.len() as u64);
+    for part in parts {
+        match Runtime::new(Device::Cpu) {
+            Ok(runtime) => activations(bundle, part, limit, &runtime, cancel, &mut checks)?,
+            Err(error) => checks.error(ACTIVATIONS, &part.file, &error),
+        }
+        progress.advance(1);
+    }
+    Ok(checks.0)
+}
 
 /// Checks the values that a component computes against a largest buffer.
 ///
@@ -71,10 +91,14 @@ pub(super) fn activations(
 /// Errors: `Error::Interrupted`.
 fn note(part: &Component, found: Result<Finding>, checks: &mut Checks) -> Result<()> {
     match found {
-        Ok((true, detail)) => checks.add(CHECK, &part.file, CheckStatus::Passed, detail),
-        Ok((false, detail)) => checks.add(CHECK, &part.file, CheckStatus::Failed, detail),
+        Ok(Finding { status, longest_prompt, largest_bytes, detail }) => {
+            checks.add(ACTIVATIONS, &part.file, status, detail);
+            if let Some(check) = checks.0.last_mut() {
+                (check.longest_prompt, check.largest_bytes) = (longest_prompt, largest_bytes);
+            }
+        }
         Err(error @ Error::Interrupted { .. }) => return Err(error),
-        Err(error) => checks.error(CHECK, &part.file, &error),
+        Err(error) => checks.error(ACTIVATIONS, &part.file, &error),
     }
     Ok(())
 }
@@ -128,41 +152,55 @@ fn of_vision(bundle: &Bundle, part: &Component, limit: u64, runtime: &Runtime, c
     cancel.check(KEPT)?;
     let shown = Shown::of(onnx::load(&path)?);
     let given: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    let sizes = sizes(&shown.session(runtime)?.run(&given, Some(&shown.wanted()))?)?;
-    let largest = sizes.into_iter().zip(&shown.names).max_by_key(|(size, _)| *size);
-    let Some((size, name)) = largest else { return Ok((true, "the graph computes nothing".into())) };
+    let sizes = shown.sizes(&shown.session(runtime)?.run(&given, Some(&shown.wanted()))?)?;
+    let largest = sizes.iter().zip(&shown.values).max_by_key(|(size, _)| **size);
+    let Some((&size, ShownValue { name, .. })) = largest else {
+        return Ok(shown.finding(true, None, "the graph computes nothing".into(), 0));
+    };
     let pixels = feeds.iter().find(|(name, _)| name.starts_with("pixel")).map(|(_, pixels)| pixels.shape());
     let (shape, has, limit_text) = (pixels.unwrap_or_default(), human_bytes(size), human_bytes(limit));
     let detail = format!("for pixels {shape:?} the largest value, {name}, has {has}; {limit_text} are allowed");
-    Ok((size <= limit, detail))
+    Ok(Finding { largest_bytes: Some(size), ..shown.finding(size <= limit, None, detail, shown.idle(&[&sizes])) })
+}
+
+/// A value of a graph.
+struct ShownValue {
+    /// As messages show it.
+    name: String,
+    /// The output with the value, or with its number of elements.
+    output: String,
+    /// Its element type, where the output is the number of its elements.
+    counted: Option<DataType>,
 }
 
 /// A graph all of whose values are outputs.
 struct Shown {
     model: Model,
-    /// The values, as messages show them.
-    names: Vec<String>,
-    /// Their names as outputs.
-    outputs: Vec<String>,
+    values: Vec<ShownValue>,
+    /// Values whose sizes are not given out.
+    uncounted: Vec<String>,
 }
 
 impl Shown {
     fn of(mut model: Model) -> Self {
         let graph = &mut model.graph;
-        let is_shown = |node: &&Node| node.op_type != "Constant" && !NO_TENSORS.contains(&node.op_type.as_str());
-        let computed = graph.body.nodes.iter().filter(is_shown);
-        let computed =
-            computed.flat_map(|node| node.outputs.iter().flatten().map(move |id| (*id, node.op_type.clone())));
-        let tensor = |id: ValueId| matches!(graph.value(id).ty, None | Some(ValueType::Tensor { .. }));
-        let computed: Vec<(ValueId, String)> = computed.filter(|(id, _)| tensor(*id)).collect();
-        let names = computed.iter().map(|(id, operator)| format!("`{}` of {operator}", graph.name(*id))).collect();
-        let outputs = computed.iter().map(|(id, _)| graph.name(*id).to_string()).collect();
-        for (id, _) in &computed {
+        let own = computed(graph, &graph.body);
+        let shown = |(id, operator): &(ValueId, String)| ShownValue {
+            name: format!("`{}` of {operator}", graph.name(*id)),
+            output: graph.name(*id).to_string(),
+            counted: None,
+        };
+        let mut values: Vec<ShownValue> = own.iter().map(shown).collect();
+        for (id, _) in &own {
             if !graph.body.outputs.contains(id) {
                 graph.body.outputs.push(*id);
             }
         }
-        Shown { model, names, outputs }
+        let Inside { counted, mut uncounted } = bodies::count(&mut model);
+        let inside = |Counted { name, dtype, output }| ShownValue { name, output, counted: Some(dtype) };
+        values.extend(counted.into_iter().map(inside));
+        uncounted.extend(model.functions.iter().map(|function| format!("the values of function `{}`", function.name)));
+        Shown { model, values, uncounted }
     }
 
     fn session(&self, runtime: &Runtime) -> Result<Session> {
@@ -171,7 +209,44 @@ impl Shown {
     }
 
     fn wanted(&self) -> Vec<&str> {
-        self.outputs.iter().map(String::as_str).collect()
+        self.values.iter().map(|value| value.output.as_str()).collect()
+    }
+
+    /// Bytes of each value of a run.
+    fn sizes(&self, found: &Outputs) -> Result<Vec<u64>> {
+        let bytes = |(value, (_, tensor)): (&ShownValue, (&str, &TensorValue))| -> Result<u64> {
+            let (count, dtype) = match value.counted {
+                None => (tensor.shape().iter().map(|&size| size as u64).product(), tensor.dtype()?),
+                Some(dtype) => (tensor.data::<i64>()?.first().map_or(0, |&count| count.max(0) as u64), dtype),
+            };
+            Ok(dtype.byte_len(count).unwrap_or(count))
+        };
+        self.values.iter().zip(found.iter()).map(bytes).collect()
+    }
+
+    /// Number of values of bodies that no run computed.
+    fn idle(&self, runs: &[&[u64]]) -> usize {
+        let idle = |at: usize| runs.iter().all(|sizes| sizes.get(at) == Some(&0));
+        self.values.iter().enumerate().filter(|(at, value)| value.counted.is_some() && idle(*at)).count()
+    }
+
+    /// The finding with what was not measured: `idle` values of bodies that did not run, and values whose sizes are unknown, with
+    /// which the graph is not known to fit.
+    fn finding(&self, fits: bool, longest_prompt: Option<u64>, mut detail: String, idle: usize) -> Finding {
+        match idle {
+            0 => {}
+            1 => detail.push_str("; 1 value of a branch that was not taken is not measured"),
+            _ => detail.push_str(&format!("; {idle} values of branches that were not taken are not measured")),
+        }
+        if !self.uncounted.is_empty() {
+            detail.push_str(&format!("; not measured: {}", list_preview(&self.uncounted, 3)));
+        }
+        let status = match (fits, self.uncounted.is_empty()) {
+            (false, _) => CheckStatus::Failed,
+            (true, true) => CheckStatus::Passed,
+            (true, false) => CheckStatus::Warning,
+        };
+        Finding { status, longest_prompt, largest_bytes: None, detail }
     }
 
     /// The longest prompt of which no value has more bytes than the limit. `run` gives the wanted values of a prompt of a length
@@ -185,31 +260,28 @@ impl Shown {
         let wanted = self.wanted();
         let mut run = |length: usize| {
             cancel.check(KEPT)?;
-            sizes(&run(length, &wanted)?)
+            self.sizes(&run(length, &wanted)?)
         };
         let [first, second, third] = LENGTHS;
         let (first, second, third) = (run(first)?, run(second)?, run(third)?);
-        let longest = self.names.iter().zip(first.iter().zip(&second).zip(&third));
-        let longest = longest.map(|(name, ((&a, &b), &c))| (longest_prompt([a, b, c], limit), name));
+        let idle = self.idle(&[&first, &second, &third]);
+        let longest = self.values.iter().zip(first.iter().zip(&second).zip(&third));
+        let longest = longest.map(|(value, ((&a, &b), &c))| (longest_prompt([a, b, c], limit), &value.name));
         let limit = human_bytes(limit);
         Ok(match longest.min_by_key(|(tokens, _)| *tokens) {
-            Some((0, name)) => (false, format!("{name} has more than {limit} at any length of the prompt")),
-            Some((tokens, name)) if tokens < LONGEST => (
-                true,
-                format!("all values of a prompt of {tokens} tokens fit into {limit}; of a longer one {name} does not"),
-            ),
-            _ => (true, format!("no value grows beyond {limit} with the prompt")),
+            Some((0, name)) => {
+                let detail = format!("{name} has more than {limit} at any length of the prompt");
+                self.finding(false, Some(0), detail, idle)
+            }
+            Some((tokens, name)) if tokens < LONGEST => {
+                let detail = format!(
+                    "all values of a prompt of {tokens} tokens fit into {limit}; of a longer one {name} does not"
+                );
+                self.finding(true, Some(tokens), detail, idle)
+            }
+            _ => self.finding(true, None, format!("no value grows beyond {limit} with the prompt"), idle),
         })
     }
-}
-
-/// Bytes of each value of a run.
-fn sizes(found: &Outputs) -> Result<Vec<u64>> {
-    let bytes = |tensor: &TensorValue| -> Result<u64> {
-        let count = tensor.shape().iter().map(|&size| size as u64).product();
-        Ok(tensor.dtype()?.byte_len(count).unwrap_or(count))
-    };
-    found.iter().map(|(_, tensor)| bytes(tensor)).collect()
 }
 
 /// The most tokens at which a value has at most `limit` bytes, from its bytes at [`LENGTHS`]; [`LONGEST`] without a bound.
@@ -239,7 +311,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::base::Device;
 
     fn decoder() -> (Bundle, Component) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");

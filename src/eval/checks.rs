@@ -50,6 +50,13 @@ pub struct Check {
     /// Largest allowed difference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
+    /// The most tokens of a prompt of which all values of the graph fit into the largest buffer, 0 where one does not fit at any
+    /// length; absent where every prompt fits, and for checks of other kinds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_prompt: Option<u64>,
+    /// Bytes of the largest value that the vision encoder computes for one picture, in the check of values.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub largest_bytes: Option<u64>,
 }
 
 /// Outcome of a check.
@@ -72,7 +79,16 @@ pub(super) struct Checks(pub Vec<Check>);
 impl Checks {
     pub fn add(&mut self, name: &str, subject: &str, status: CheckStatus, detail: impl Into<String>) {
         let (name, subject, detail) = (name.to_string(), subject.to_string(), detail.into());
-        self.0.push(Check { name, subject, status, detail, difference: None, tolerance: None });
+        self.0.push(Check {
+            name,
+            subject,
+            status,
+            detail,
+            difference: None,
+            tolerance: None,
+            longest_prompt: None,
+            largest_bytes: None,
+        });
     }
 
     pub fn compared(&mut self, name: &str, subject: &str, difference: f64, tolerance: f64, detail: impl Into<String>) {

@@ -1,13 +1,15 @@
 //! Whether a device with a largest buffer, such as WebGPU's, can run a graph.
 
+use std::path::Path;
+
 use crate::base::{Cancel, Result, human_bytes, list_preview};
-use crate::bundle::{Bundle, Component};
+use crate::bundle::{Bundle, Component, ExportManifest};
 use crate::ir::{DataType, Model, WEBGPU_BUFFER_BYTES, large_constants, of_type};
 use crate::onnx;
 use crate::rewrite::casts_wide_positions;
 use crate::runtime::Runtime;
 
-use super::activations::activations;
+use super::activations::{ACTIVATIONS, activations};
 use super::checks::{CheckStatus, Checks};
 
 /// What every WebGPU device binds to a shader: `maxStorageBufferBindingSize` of the specification.
@@ -42,10 +44,10 @@ pub(super) fn device(
     checks: &mut Checks,
 ) -> Result<()> {
     let model = onnx::load(&bundle.path_of(part))?;
-    buffers(part, &model, limits, checks);
+    buffers(&part.file, &model, limits, checks);
     activations(bundle, part, limits.max_buffer, runtime, cancel, checks)?;
     if limits.webgpu {
-        types(part, &model, checks);
+        types(&part.file, &model, checks);
     }
     if limits.webgpu && part.role.is_decoder() {
         positions(part, &model, checks);
@@ -53,8 +55,36 @@ pub(super) fn device(
     Ok(())
 }
 
+/// Checks the graphs of an export that is no model folder: their constants, and for WebGPU their types. What they compute is not
+/// measured, which a check says.
+///
+/// Errors: `Error::Interrupted`. A graph that cannot be read fails.
+pub(super) fn device_of_export(
+    folder: &Path,
+    manifest: &ExportManifest,
+    limits: DeviceLimits,
+    cancel: &Cancel,
+    checks: &mut Checks,
+) -> Result<()> {
+    for file in manifest.files.keys().filter(|file| file.ends_with(".onnx")) {
+        cancel.check("no report is written")?;
+        match onnx::load(&folder.join(file)) {
+            Ok(model) => {
+                buffers(file, &model, limits, checks);
+                if limits.webgpu {
+                    types(file, &model, checks);
+                }
+            }
+            Err(error) => checks.error("buffers", file, &error),
+        }
+    }
+    let detail = "graphs of this target are not run here: verify the folder that it was made from with the same flags";
+    checks.add(ACTIVATIONS, &manifest.target, CheckStatus::Unavailable, detail);
+    Ok(())
+}
+
 /// No constant has more bytes than a buffer.
-fn buffers(part: &Component, model: &Model, limits: DeviceLimits, checks: &mut Checks) {
+fn buffers(file: &str, model: &Model, limits: DeviceLimits, checks: &mut Checks) {
     let large = large_constants(model, limits.max_buffer);
     let limit = human_bytes(limits.max_buffer);
     let (status, detail) = match large.is_empty() {
@@ -74,7 +104,7 @@ fn buffers(part: &Component, model: &Model, limits: DeviceLimits, checks: &mut C
             (CheckStatus::Failed, detail)
         }
     };
-    checks.add("buffers", &part.file, status, detail);
+    checks.add("buffers", file, status, detail);
 }
 
 /// Positions do not become floats on the processor.
@@ -91,7 +121,7 @@ fn positions(part: &Component, model: &Model, checks: &mut Checks) {
 }
 
 /// Nothing is in bfloat16, which WebGPU's shaders lack.
-fn types(part: &Component, model: &Model, checks: &mut Checks) {
+fn types(file: &str, model: &Model, checks: &mut Checks) {
     let half = of_type(model, DataType::Bfloat16);
     let (status, detail) = match half.is_empty() {
         true => (CheckStatus::Passed, "nothing is in bfloat16".to_string()),
@@ -103,5 +133,5 @@ fn types(part: &Component, model: &Model, checks: &mut Checks) {
             (CheckStatus::Failed, detail)
         }
     };
-    checks.add("webgpu types", &part.file, status, detail);
+    checks.add("webgpu types", file, status, detail);
 }

@@ -3,6 +3,7 @@
 mod activations;
 mod agreement;
 mod bench;
+mod bodies;
 mod chat;
 mod checks;
 mod device;
@@ -24,6 +25,7 @@ mod summary;
 mod text;
 mod verify;
 
+pub use activations::{activation_checks, is_measured};
 pub use bench::{
     BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
 };
@@ -41,4 +43,4 @@ pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, evaluate_with_
 pub use stage_times::{PictureSettings, StageOptions, StageTimes, stage_times};
 pub use stats::{Difference, Interval, PairedComparison, RESAMPLES, Spread, kept_likelihood};
 pub use summary::{compare, compare_over};
-pub use verify::{verify, verify_on};
+pub use verify::{LOADED_TARGETS, verify, verify_on};

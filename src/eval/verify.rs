@@ -21,7 +21,7 @@ use super::agreement::{
     rounding_once, rounding_step, token_types_of, worse,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
-use super::device::{DeviceLimits, device};
+use super::device::{DeviceLimits, device, device_of_export};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name};
 use super::pixels::{noise_or_own_picture, pixel_feeds};
@@ -30,7 +30,7 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
+pub const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
 /// Largest difference of outputs in tract, whose kernels add in another order.
 const TRACT_TOLERANCE: f64 = 1e-3;
 /// Largest component for tract, in bytes: tract holds all weights in memory.
@@ -50,7 +50,7 @@ pub fn verify(
 ) -> Result<VerifyReport> {
     let manifest = ExportManifest::read(source.path())?;
     if let Some(manifest) = manifest.as_ref().filter(|manifest| !LOADED_TARGETS.contains(&manifest.target.as_str())) {
-        return verify_manifest(source, manifest, runtime);
+        return verify_manifest(source, manifest, limits, runtime, cancel);
     }
     let bundle = source.open()?;
     let mut checks = Checks(Vec::new());
@@ -72,13 +72,7 @@ pub fn verify(
     cancel.check("no report is written")?;
     whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let mut settings = serde_json::json!({
-        "device": runtime.device().to_string(),
-        "max_buffer_bytes": limits.map(|limits| limits.max_buffer),
-    });
-    if limits.is_some_and(|limits| limits.webgpu) {
-        settings["webgpu"] = true.into();
-    }
+    let settings = settings(limits, runtime);
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
             .with_variants("model", bundle.chosen_variants())
@@ -89,14 +83,34 @@ pub fn verify(
     })
 }
 
-/// Checks an export that is no model folder: its files are those of its manifest.
-fn verify_manifest(source: &ModelSource, manifest: &ExportManifest, runtime: &Runtime) -> Result<VerifyReport> {
+/// The settings in a report.
+fn settings(limits: Option<DeviceLimits>, runtime: &Runtime) -> serde_json::Value {
+    let mut settings = serde_json::json!({
+        "device": runtime.device().to_string(),
+        "max_buffer_bytes": limits.map(|limits| limits.max_buffer),
+    });
+    if limits.is_some_and(|limits| limits.webgpu) {
+        settings["webgpu"] = true.into();
+    }
+    settings
+}
+
+/// Checks an export that is no model folder: its files are those of its manifest, and its graphs fit a device.
+fn verify_manifest(
+    source: &ModelSource,
+    manifest: &ExportManifest,
+    limits: Option<DeviceLimits>,
+    runtime: &Runtime,
+    cancel: &Cancel,
+) -> Result<VerifyReport> {
     let mut checks = Checks(Vec::new());
     listed(source.path(), manifest, &mut checks)?;
+    if let Some(limits) = limits {
+        device_of_export(source.path(), manifest, limits, cancel, &mut checks)?;
+    }
     let inputs = BTreeMap::from([("manifest".to_string(), sha256_file(&source.path().join(MANIFEST_FILE))?)]);
-    let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
-        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings(limits, runtime))?,
         model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
@@ -118,10 +132,10 @@ fn listed(folder: &Path, manifest: &ExportManifest, checks: &mut Checks) -> Resu
 ///
 /// Errors: as `onnx::load` and `torch::read_npz`; `Error::Invalid` when an input has no array or one of another type,
 /// or an array is not an input. The result of the comparison is in the report and is not an error.
-pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
-    let bundle = Bundle::open(path)?;
+pub fn verify_on(source: &ModelSource, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
+    let bundle = source.open()?;
     let [part] = bundle.components() else {
-        return Err(Error::invalid(format!("`{}`", path.display()), "holds several graphs")
+        return Err(Error::invalid(format!("`{source}`"), "holds several graphs")
             .remedy("give the .onnx file that the inputs are for"));
     };
     let model = onnx::load(&bundle.path_of(part))?;
@@ -141,7 +155,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
         feeds.push((port.name.clone(), TensorValue::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
-        let problem = format!("array `{name}` is not an input of `{}`", path.display());
+        let problem = format!("array `{name}` is not an input of `{source}`");
         return Err(Error::invalid(format!("`{}`", inputs.display()), problem)
             .remedy("name the arrays after the graph's inputs"));
     }
@@ -150,8 +164,10 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
     let digests = [("model".to_string(), bundle.digest()?), ("inputs".to_string(), sha256_large_file(inputs)?)];
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
-        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, BTreeMap::from(digests), &settings)?,
-        model: path.display().to_string(),
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, BTreeMap::from(digests), &settings)?
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
+        model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })

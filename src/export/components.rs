@@ -16,7 +16,11 @@ use super::record::ExportSettings;
 ///
 /// Errors: `Error::Invalid` when `variant` names none or a component lacks its variant.
 pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Vec<&'a Component>> {
-    let parse = |text: &str| text.parse::<Variants>().map_err(|problem| Error::invalid("`--variant`", problem));
+    let parse = |text: &str| {
+        let wrong =
+            |problem| Error::invalid("`--variant`", problem).remedy("name one for all components, or decoder=q4");
+        text.parse::<Variants>().map_err(wrong)
+    };
     let variants = variant.map(parse).transpose()?.unwrap_or_default();
     let mut chosen: Vec<&Component> = Vec::new();
     for component in bundle.components() {

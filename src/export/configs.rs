@@ -17,7 +17,8 @@ pub(super) fn object(bundle: &Bundle, name: &str) -> Result<Option<Map<String, V
     match bundle.read_json(name)? {
         None => Ok(None),
         Some(Value::Object(object)) => Ok(Some(object)),
-        Some(_) => Err(Error::invalid(format!("`{name}`"), "is not a JSON object")),
+        Some(_) => Err(Error::invalid(format!("`{name}`"), "is not a JSON object, as in {\"key\": value}")
+            .remedy("take the file from the model that the graphs were exported from")),
     }
 }
 

@@ -14,12 +14,14 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::base::{Cancel, Error, Result, list_preview, sha256_large_file};
-use crate::bundle::{AssetKind, Bundle, Component, Deepstack, LayerEdit, RecordedStep, Tower, config_without_layers};
+use crate::bundle::{
+    AssetKind, Bundle, Component, Deepstack, LayerEdit, ModelSource, RecordedStep, Tower, config_without_layers,
+};
 use crate::checkpoint::{Checkpoint, NamedTensor, save};
 use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
 
-use super::components::write as write_text;
+use super::components::{chosen, write as write_text};
 use super::record::{CheckpointWeights, ExportSettings, Written};
 
 const CONFIG: &str = "config.json";
@@ -40,7 +42,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         return Err(Error::invalid(format!("`{}`", path.display()), format!("has no `{CONFIG}`"))
             .remedy("give the checkpoint's whole folder"));
     }
-    let dense = settings.dense.as_deref().map(Bundle::open).transpose()?;
+    let dense = settings.dense.as_ref().map(ModelSource::open).transpose()?;
     let history = bundle.record()?.map(|record| record.history);
     let edits = edits(history.as_deref().unwrap_or_default())?;
     let config = config_without_layers(&path.join(CONFIG), &edits)?;
@@ -48,7 +50,10 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     check_packed(&edits, &config)?;
     check_blocks(history.as_deref().unwrap_or_default())?;
 
-    let components = chosen(bundle);
+    let components: Vec<&Component> = chosen(bundle, settings.variant.as_deref())?
+        .into_iter()
+        .filter(|component| !component.role.is_carried())
+        .collect();
     let current = load(components.iter().copied(), bundle, history.as_deref().unwrap_or_default())?;
     let reference = match &dense {
         Some(dense) => {
@@ -101,18 +106,13 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     Ok(Written { settings: settings.clone(), models: BTreeMap::new(), files, notes, inputs, weights: Some(weights) })
 }
 
-/// The most precise variant of each component that is part of the network.
-fn chosen(bundle: &Bundle) -> Vec<&Component> {
-    bundle.components().iter().filter(|c| !c.role.is_carried() && bundle.is_most_precise(c)).collect()
-}
-
 /// The dense model's components of the same files.
 fn counterparts<'a>(components: &[&Component], dense: &'a Bundle) -> Result<Vec<&'a Component>> {
     let find = |component: &&Component| {
         dense.components().iter().find(|other| other.file == component.file).ok_or_else(|| {
             let subject = format!("`{}`", dense.root().display());
             Error::invalid(subject, format!("has no `{}`, which the model has", component.file))
-                .remedy("give the dense model in the same layout and variant")
+                .remedy("give the dense model in the same layout, with `--variant` where it has several precisions")
         })
     };
     components.iter().map(find).collect()
@@ -253,7 +253,9 @@ fn in_f32(config: &str) -> Result<String> {
             }
         }
     }
-    let wrong = |problem: String| Error::invalid(format!("`{CONFIG}`"), problem);
+    let wrong = |problem: String| {
+        Error::invalid(format!("`{CONFIG}` of the base"), problem).remedy("give the checkpoint's own config")
+    };
     let mut value: Value = serde_json::from_str(config).map_err(|e| wrong(format!("is not JSON: {e}")))?;
     visit(&mut value);
     let members = value.as_object_mut().ok_or_else(|| wrong("is not a JSON object".into()))?;

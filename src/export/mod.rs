@@ -1,5 +1,6 @@
 //! Export targets: layouts for serving a model. A target is a row of [`TARGETS`] that carries its function.
 
+mod buffers;
 mod card;
 mod components;
 mod configs;
@@ -18,8 +19,8 @@ mod vocabulary;
 
 use std::path::Path;
 
-use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
-use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, Role};
+use crate::base::{Cancel, Error, Provenance, Result, StagedDir, sha256_file, write_json};
+use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::hub::commit_of;
 
 pub use precision::{
@@ -97,6 +98,11 @@ impl ExportTarget {
     /// True when it reads this flag of `export`.
     pub fn reads(&self, flag: &str) -> bool {
         self.settings.iter().any(|(own, _)| *own == flag)
+    }
+
+    /// True when it writes graphs, which may have fewer bits or a smaller head; false for weights under the names of a checkpoint.
+    pub fn writes_graphs(&self) -> bool {
+        !self.reads(BASE.0)
     }
 }
 
@@ -201,7 +207,7 @@ pub const TARGETS: &[ExportTarget] = &[
         library: "transformers",
         writes_variants: false,
         without_token_pruner: Some("a checkpoint has weights alone"),
-        settings: &[BASE, DENSE, SHARD_SIZE],
+        settings: &[VARIANT, BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
 ];
@@ -218,10 +224,16 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// Writes a model for a target as a new folder, with a record of the export.
 ///
 /// Errors: `Error::Invalid` when the folder exists or the target does not read a given setting;
-/// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
-/// an error no folder remains.
-pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
-    export_model(bundle, target, settings, folder, (Vec::new(), None))
+/// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails;
+/// `Error::Interrupted` on Ctrl-C while values are measured. On an error no folder remains.
+pub fn export(
+    bundle: &Bundle,
+    target: &ExportTarget,
+    settings: &ExportSettings,
+    folder: &Path,
+    cancel: &Cancel,
+) -> Result<Export> {
+    export_model(bundle, target, settings, folder, (Vec::new(), None), cancel)
 }
 
 /// [`export`] of a model that was quantised before.
@@ -233,8 +245,9 @@ fn export_quantised(
     settings: &ExportSettings,
     folder: &Path,
     report: PrecisionReport,
+    cancel: &Cancel,
 ) -> Result<Export> {
-    export_model(bundle, target, settings, folder, (report.components, report.sensitivity))
+    export_model(bundle, target, settings, folder, (report.components, report.sensitivity), cancel)
 }
 
 fn export_model(
@@ -243,6 +256,7 @@ fn export_model(
     settings: &ExportSettings,
     folder: &Path,
     (precision, sensitivity): (Vec<QuantisedComponent>, Option<Sensitivity>),
+    cancel: &Cancel,
 ) -> Result<Export> {
     if let Some((name, _)) = settings_of_targets().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
@@ -255,21 +269,28 @@ fn export_model(
     }
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
-    let Written { settings: recorded, models, mut files, notes, mut inputs, weights } =
+    let Written { settings: recorded, models, mut files, mut notes, mut inputs, weights } =
         (target.write)(bundle, settings, staged.path())?;
+    let mut buffers = Vec::new();
+    if let Some(limit) = recorded.max_buffer_bytes {
+        buffers = buffers::measured((target.name, bundle, &recorded), staged.path(), limit, cancel)?;
+        notes.extend(buffers::notes(&buffers, bundle.config()));
+    }
     let model = bundle.digest()?;
     let (scores, reports) = manifest::scores(&settings.reports, &model)?;
     inputs.insert("model".to_string(), model);
     let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?
         .with_hub("model", bundle.hub_name())
         .with_hub("base", settings.base.as_deref().and_then(commit_of))
-        .with_hub("dense", settings.dense.as_deref().and_then(commit_of));
+        .with_hub("dense", settings.dense.as_ref().and_then(ModelSource::hub_name))
+        .with_variants("model", bundle.chosen_variants())
+        .with_variants("dense", settings.dense.as_ref().and_then(ModelSource::chosen).as_deref());
     let size = ExportManifest::size_bytes(staged.path())?;
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;
     files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
-    let export =
-        Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision, sensitivity };
+    let target = target.name.to_string();
+    let export = Export { provenance, target, models, files, notes, buffers, weights, precision, sensitivity };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;
@@ -288,7 +309,8 @@ mod tests {
         let target = target_named("transformers-js").unwrap();
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let error = export(&Bundle::open(&path).unwrap(), target, &settings, &out).unwrap_err().to_string();
+        let cancel = Cancel::default();
+        let error = export(&Bundle::open(&path).unwrap(), target, &settings, &out, &cancel).unwrap_err().to_string();
         assert!(error.contains("--max-batch-size") && error.contains("transformers-js"), "{error}");
         assert!(!out.exists());
         assert!(target_named("polish").unwrap_err().contains("triton"));

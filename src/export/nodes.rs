@@ -1,7 +1,7 @@
 //! Nodes and checks that the targets share which build graphs around a model's components.
 
-use crate::base::{Error, Result};
-use crate::ir::{AttributeKind, DataType, Dim, Model, Tensor, ValueId, ValueType};
+use crate::base::{Error, Result, list_preview};
+use crate::ir::{AttributeKind, DataType, Dim, Graph, Model, Tensor, ValueId, ValueType};
 use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{Input, Port};
 
@@ -29,8 +29,7 @@ pub(super) fn inputs_of(name: &str, model: &Model) -> Result<Vec<(ValueId, Input
     let open: Vec<ValueId> =
         graph.body.inputs.iter().copied().filter(|&id| graph.body.initializer(id).is_none()).collect();
     let port = |&id: &ValueId| {
-        Port::of_value(graph, id)
-            .ok_or_else(|| Error::unsupported(format!("input `{}`", graph.name(id)), "declares no type and rank"))
+        Port::of_value(graph, id).ok_or_else(|| undeclared(format!("input `{}` of the {name}", graph.name(id))))
     };
     let ports = open.iter().map(port).collect::<Result<Vec<_>>>()?;
     let inputs = Input::all(&format!("graph `{name}`"), &ports)?;
@@ -40,7 +39,26 @@ pub(super) fn inputs_of(name: &str, model: &Model) -> Result<Vec<(ValueId, Input
 /// The error of an input that a graph around the components cannot have.
 pub(super) fn refused(port: &Port, problem: &str) -> Error {
     Error::unsupported(format!("input {}", port.described()), problem)
-        .remedy("use the components of another target, with a loop outside of the graph")
+        .remedy("use the components of another target, such as openvino, with a loop of your own around them")
+}
+
+/// The error of an input or output whose type the file does not say.
+pub(super) fn undeclared(subject: String) -> Error {
+    Error::unsupported(subject, "declares no element type and number of axes, by which the export knows what it holds")
+        .remedy("export the graph with the types of its inputs and outputs, or run shape inference over it")
+}
+
+/// The error of a decoder whose logits have another name.
+pub(super) fn no_logits(graph: &Graph) -> Error {
+    let names: Vec<&str> = graph.body.outputs.iter().map(|&id| graph.name(id)).collect();
+    let problem = format!("has no output `logits`, by which it is found; it has {}", list_preview(&names, 4));
+    Error::unsupported("the decoder", problem).remedy("name its output of logits `logits` in the exporter")
+}
+
+/// The error of two components with one name in the target.
+pub(super) fn same_name(name: &str, one: &str, other: &str) -> Error {
+    Error::invalid(format!("`{name}`"), format!("would be the name of two components, `{one}` and `{other}`"))
+        .remedy("export a folder with one of them, or name one of their precisions with `--variant`")
 }
 
 /// The only output of a graph.
@@ -49,10 +67,9 @@ pub(super) fn only_output(subject: &str, model: &Model) -> Result<Port> {
     let [output] = graph.body.outputs[..] else {
         let names: Vec<&str> = graph.body.outputs.iter().map(|&id| graph.name(id)).collect();
         return Err(Error::unsupported(subject, format!("gives {}, expected one output", names.join(", ")))
-            .remedy("use the components of another target"));
+            .remedy("export it with one output, or use the components of another target, such as openvino"));
     };
-    Port::of_value(graph, output)
-        .ok_or_else(|| Error::unsupported(format!("output `{}`", graph.name(output)), "declares no type and rank"))
+    Port::of_value(graph, output).ok_or_else(|| undeclared(format!("output `{}` of {subject}", graph.name(output))))
 }
 
 /// A cast, unless the types are equal.

@@ -7,7 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Provenance, Sha256Digest};
-use crate::bundle::{Component, Role};
+use crate::bundle::{Component, ModelSource, Role};
+use crate::eval::Check;
 use crate::graft::Unmatched;
 use crate::ir::Model;
 
@@ -49,7 +50,7 @@ pub struct ExportSettings {
     pub base: Option<PathBuf>,
     /// The model before it was trained; as above.
     #[serde(skip)]
-    pub dense: Option<PathBuf>,
+    pub dense: Option<ModelSource>,
     /// Reports of `eval` whose scores go into the manifest.
     #[serde(skip)]
     pub reports: Vec<PathBuf>,
@@ -77,6 +78,9 @@ pub struct Export {
     /// What a user of the export should know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// What the graphs compute beside the largest buffer, where one was named, or for WebGPU: the checks of `verify --max-buffer`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buffers: Vec<Check>,
     /// Where the tensors of a written checkpoint come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<CheckpointWeights>,

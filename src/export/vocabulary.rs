@@ -89,7 +89,9 @@ pub fn write_vocabulary(bundle: &Bundle, corpus: &Dataset, cancel: &Cancel, outp
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("corpus".to_string(), corpus.digest()?)]);
     let settings = serde_json::json!({ "vocabulary": true });
     let report = VocabularyReport {
-        provenance: Provenance::new(VOCABULARY_SCHEMA_VERSION, inputs.clone(), &settings)?,
+        provenance: Provenance::new(VOCABULARY_SCHEMA_VERSION, inputs.clone(), &settings)?
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         samples,
         in_corpus: found.len(),
         essential: essential.len(),
@@ -113,7 +115,9 @@ fn heads(bundle: &Bundle) -> Result<Vec<&Component>> {
             format!("`{}`", other.file),
             "is a second precision, whose head would stay whole",
         )
-        .remedy("cut the vocabulary of a folder with the float graphs alone, with `--precision` in the same command"));
+        .remedy(
+            "name the float graphs with `--variant fp32`, and quantise with `--precision` in the same command where that is wanted",
+        ));
     }
     match found.is_empty() {
         true => bundle.require(Role::Decoder).map(|part| vec![part]),

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +20,9 @@ const TENSORS: &str = "tensors.safetensors";
 const CHECKPOINT_FOLDER: &str = "checkpoints";
 /// Name prefixes of cached outputs in a work folder.
 const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-", "window"];
+
+/// Start of the name of the folder, in a work folder, of a process other than the first.
+const RANK: &str = "rank-";
 
 /// State of a run at a checkpoint. The order of samples and the learning rate follow from the step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -153,6 +158,40 @@ pub fn interrupted_at(work: &Path) -> Result<Option<u64>> {
     Ok(found.last().map(|(step, _)| *step))
 }
 
+/// The folder in the work folder `work` for files that only the process `rank` reads: `work` itself for the first one.
+pub fn folder_of_rank(work: &Path, rank: usize) -> PathBuf {
+    match rank {
+        0 => work.to_path_buf(),
+        _ => work.join(format!("{RANK}{rank}")),
+    }
+}
+
+/// Bytes of disk that the cached outputs of all processes take in a work folder; 0 where there is no such folder.
+///
+/// Errors: `Error::Io`.
+pub fn cached_bytes(work: &Path) -> Result<u64> {
+    let gone = |error: &std::io::Error| error.kind() == ErrorKind::NotFound;
+    let entries = match fs::read_dir(work) {
+        Err(error) if gone(&error) => return Ok(0),
+        entries => entries.map_err(|e| Error::io("read", work, e))?,
+    };
+    let mut bytes = 0;
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io("read", work, e))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let starts = |start: &str| name.to_string_lossy().starts_with(start);
+        bytes += match fs::symlink_metadata(&path) {
+            // Other processes rename files when these are complete.
+            Err(error) if gone(&error) => 0,
+            Err(error) => return Err(Error::io("read", &path, error)),
+            Ok(found) if found.is_dir() && starts(RANK) => cached_bytes(&path)?,
+            Ok(found) if found.is_file() && CACHES.iter().any(|start| starts(start)) => 512 * found.blocks(),
+            Ok(_) => 0,
+        };
+    }
+    Ok(bytes)
+}
+
 /// Removes checkpoints and caches (outputs of the frozen part, targets of the dense model) from a work folder and keeps
 /// the metrics. Call it after the result is written.
 ///
@@ -264,6 +303,22 @@ mod tests {
 
     fn bits(tensor: &Tensor) -> Vec<u32> {
         Vec::<f32>::try_from(tensor.detach().flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    /// The rows of all processes count, and nothing else; a file of another process may vanish while they are counted.
+    #[test]
+    fn the_cached_rows_of_all_processes_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let work = folder.path().join("work");
+        assert_eq!(cached_bytes(&work).unwrap(), 0);
+        for (rank, name) in [(0, "hidden-a.f32"), (0, "metrics.jsonl"), (1, "answers-a.f32"), (12, "streams-a.bf16")] {
+            let own = folder_of_rank(&work, rank);
+            fs::create_dir_all(&own).unwrap();
+            fs::write(own.join(name), vec![1; 100_000]).unwrap();
+            File::open(own.join(name)).unwrap().sync_all().unwrap();
+        }
+        let found = cached_bytes(&work).unwrap();
+        assert!((300_000..340_000).contains(&found), "{found}");
     }
 
     #[test]

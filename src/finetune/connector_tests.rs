@@ -7,7 +7,7 @@ use tch::{Kind, Tensor as Torch};
 use super::*;
 use crate::data::{DataOptions, Dataset, Encoder, Intake};
 use crate::finetune::cut::{Cut, SideInputs, side_inputs};
-use crate::finetune::data::{LazySession, RowStore, TrainingBatch, TrainingSet};
+use crate::finetune::data::{LazySession, RowDtype, RowStore, TrainingBatch, TrainingSet};
 use crate::finetune::plan::PlannedBytes;
 use crate::finetune::settings::Lora;
 use crate::finetune::student::Student;
@@ -207,7 +207,7 @@ impl Network {
 }
 
 fn rows(bundle: &Bundle, folder: &Path, side: SideInputs) -> TrainingSet {
-    let store = RowStore::new(folder, &sha256_bytes(b"rows"), side);
+    let store = RowStore::new(folder, &sha256_bytes(b"rows"), side, RowDtype::F32);
     let open = || {
         let runtime = Runtime::new(Device::Cpu)?;
         let mut session = VlmSession::open(&runtime, bundle, &SessionOptions::default(), &FeatureCache::new(0))?;

@@ -416,24 +416,36 @@ fn recomputed_rows_give_the_same_weights_as_stored_rows() {
     });
     let searched = taught.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(vec![1e-3, 2e-3]));
     let adapted = plain.clone().with(|s| (s.lora.rank, s.lora.layers) = (2, LoraLayers::All));
-    for (settings, layers) in [(plain, [3, 4]), (taught, [2, 4]), (searched, [2, 4]), (adapted, [2, 4])] {
+    let half = taught.clone().with(|s| s.precision = Some(Precision::Bf16));
+    let all = [(plain, [3, 4]), (taught, [2, 4]), (searched, [2, 4]), (adapted, [2, 4]), (half, [2, 4])];
+    for (settings, layers) in all {
         let of = |cache| {
             let work = tempfile::tempdir().unwrap();
             let outcome = run_with(&settings, &layers, work.path(), Limits { cache, ..Limits::default() });
             let files = std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name());
             let files: Vec<String> = files.map(|name| name.to_string_lossy().into_owned()).collect();
-            let rows = files.iter().filter(|name| [".f32", ".bf16"].iter().any(|end| name.ends_with(end))).count();
+            let rows = files.iter().filter(|name| [".f32", ".bf16"].iter().any(|end| name.ends_with(end)));
             assert!(!files.contains(&"window".to_string()), "{files:?}");
-            (outcome, rows)
+            let sizes = rows.map(|name| (name.clone(), std::fs::metadata(work.path().join(name)).unwrap().len()));
+            (outcome, sizes.collect::<BTreeMap<String, u64>>())
         };
         let ((kept, files), (streamed, none)) = (of(None), of(Some(0)));
-        assert!(files > 0 && none == 0, "{files} files, {none} without room");
-        assert_eq!(
-            (kept.report.samples, kept.report.sample_ids),
-            (streamed.report.samples, streamed.report.sample_ids)
-        );
-        assert_eq!(kept.report.trials, streamed.report.trials);
-        assert!(weights(&kept.decoder) == weights(&streamed.decoder), "{settings:?}");
+        assert!(!files.is_empty() && none.is_empty(), "{files:?}, {none:?} without room");
+        // What the dense model gives has room alone.
+        let mut of_dense = files.clone();
+        of_dense.retain(|name, _| !name.starts_with("hidden-"));
+        let (some, left) = of(Some(of_dense.values().sum()));
+        assert_eq!(left, of_dense);
+        assert_eq!(of_dense.is_empty(), settings.weight(LossKind::Kd) == 0.0);
+        let hidden: Vec<&String> = files.keys().filter(|name| name.starts_with("hidden-")).collect();
+        let half = settings.precision == Some(Precision::Bf16);
+        assert!(hidden.len() == 1 && hidden[0].ends_with(if half { ".bf16" } else { ".f32" }), "{hidden:?}");
+        for other in [streamed, some] {
+            let [kept_samples, others] = [&kept, &other].map(|own| (&own.report.samples, &own.report.sample_ids));
+            assert_eq!(kept_samples, others);
+            assert_eq!(kept.report.trials, other.report.trials);
+            assert!(weights(&kept.decoder) == weights(&other.decoder), "{settings:?}");
+        }
     }
     let layered = settings().with(|s| s.stages = Stage::only([(LossKind::Anchor, 1.0)]));
     let work = tempfile::tempdir().unwrap();
@@ -483,6 +495,58 @@ fn a_streamed_fit_keeps_the_rows_of_its_plan() {
     });
     outcome.unwrap();
     assert_eq!(held, Some(planned));
+}
+
+/// A run in bf16 reads the stream in bf16 wherever passes begin, so rows in bf16 give the numbers of rows in f32.
+#[test]
+fn rows_in_bf16_give_the_logits_of_rows_in_f32() {
+    let _alone = alone();
+    let dense = Bundle::open(&model()).unwrap();
+    let decoder = crate::onnx::load(&dense.path_of(dense.require(Role::Decoder).unwrap())).unwrap();
+    let mut cut = cut::Cut::new(&decoder, &(0..16).collect::<Vec<_>>()).unwrap();
+    cut.adapt(settings::Lora { rank: 2, alpha: 4.0, seed: 1 }, &[]).unwrap();
+    let suffix = cut.suffix().unwrap();
+    let side = cut::side_inputs(&cut.analysis.model.graph, &suffix).unwrap();
+    let hold = crate::torch::Hold::Widened;
+    let student = student::Student::compile(&cut, suffix, Precision::Bf16, hold, tch::Device::Cpu).unwrap();
+    let open = || {
+        let runtime = crate::runtime::Runtime::new(Device::Cpu)?;
+        let options = crate::runtime::SessionOptions::default();
+        crate::runtime::VlmSession::open(&runtime, &dense, &options, &FeatureCache::new(0))
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let logits = [data::RowDtype::F32, data::RowDtype::Bf16].map(|element| {
+        let store = data::RowStore::new(folder.path(), &sha256_bytes(b"rows"), side.clone(), element);
+        let source = Texts { vocabulary: 800 };
+        let mut frozen = data::LazySession::new(open);
+        store.fill(&source, "", &mut frozen, true, 64, &Cancel::default()).unwrap();
+        let (set, _) = store.open().unwrap().unwrap();
+        let batch = set.batch(&[7, 2, 4], student.feeds()).unwrap();
+        assert_eq!(batch.hidden.kind(), element.kind());
+        let path = folder.path().join(format!("hidden-{}.{}", &sha256_bytes(b"rows")[..16], element.extension()));
+        let tokens: usize = set.lengths().iter().sum();
+        assert_eq!(std::fs::metadata(path).unwrap().len(), (tokens * set.hidden_size() * element.size()) as u64);
+        let side = student.side(&batch).unwrap();
+        let mut stream = student.entering(&batch.hidden).unwrap();
+        for layer in 0..student.layers() {
+            stream = student.layer(layer, &stream, &side).unwrap();
+        }
+        student.head(&stream, &batch, &side).unwrap()
+    });
+    assert!(logits[0].isfinite().all().int64_value(&[]) == 1 && logits[0].equal(&logits[1]));
+}
+
+/// Rows that a run in bf16 left are not read by a run in f32 in the same folder, nor the other way round.
+#[test]
+fn rows_of_another_precision_are_not_read() {
+    let of = |half: bool, work: &Path| {
+        let settings = settings().with(|s| s.precision = half.then_some(Precision::Bf16));
+        weights(&run(&settings, &[2, 4], work, false, None).outcome.unwrap().decoder)
+    };
+    let [shared, first, second] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+    let (half, full) = (of(true, first.path()), of(false, second.path()));
+    assert!(half != full);
+    assert!(of(true, shared.path()) == half && of(false, shared.path()) == full && of(true, shared.path()) == half);
 }
 
 #[test]

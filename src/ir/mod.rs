@@ -5,6 +5,7 @@
 
 mod attribute;
 mod check;
+mod element_types;
 mod index;
 mod large;
 mod names;
@@ -14,6 +15,7 @@ mod types;
 
 pub use attribute::{Attribute, AttributeKind};
 pub use check::check;
+pub use element_types::element_types;
 pub use index::{GraphIndex, Producer, Use, captured};
 pub use large::{WEBGPU_BUFFER_BYTES, large_constants};
 pub use names::FreshNames;

@@ -170,7 +170,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     let mut sim = Similarities::new();
     let mut modalities: BTreeMap<Modality, SampleModality> = BTreeMap::new();
     for &pack in packs {
-        // Shape [n, 1, T]; the mean over tokens is computed in double precision.
+        // Shape [n, T, 1]; the mean over tokens is computed in double precision.
         let found = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?;
         one_stream(&found.shape(), tokens)?;
         let values = found.to_f32()?;
@@ -192,10 +192,10 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
 /// Rejects several parallel streams (as in Gemma 3n), whose similarities would look like those of more layers.
 fn one_stream(shape: &[usize], tokens: usize) -> Result<()> {
     match shape {
-        [_, 1, length] if *length == tokens => Ok(()),
+        [_, length, 1] if *length == tokens => Ok(()),
         _ => Err(Error::unsupported(
             "the residual stream",
-            format!("similarities of layers have shape {shape:?}, expected one for each layer and token, [layers, 1, {tokens}]"),
+            format!("similarities of layers have shape {shape:?}, expected one for each layer and token, [layers, {tokens}, 1]"),
         )
         .remedy("name layers with `prune --drop`: layers of several streams side by side are not scored")),
     }
@@ -257,10 +257,10 @@ mod tests {
 
     #[test]
     fn parallel_residual_streams_are_refused() {
-        assert!(one_stream(&[5, 1, 7], 7).is_ok());
-        for shape in [&[5, 2, 1, 7][..], &[10, 1, 6], &[5, 2, 7], &[]] {
+        assert!(one_stream(&[5, 7, 1], 7).is_ok());
+        for shape in [&[5, 7, 1, 2][..], &[10, 6, 1], &[5, 7, 2], &[]] {
             let message = one_stream(shape, 7).unwrap_err().to_string();
-            assert!(message.contains("[layers, 1, 7]"), "{message}");
+            assert!(message.contains("[layers, 7, 1]"), "{message}");
         }
     }
 }

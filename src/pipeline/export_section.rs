@@ -68,7 +68,7 @@ impl ExportSection {
                 return Err(Error::invalid("export.base", format!("is missing, and the target `{name}` needs it"))
                     .remedy("name the checkpoint that the dense model was exported from"));
             }
-            if precisions.len() > 1 && target.reads("--variant") && !target.writes_variants {
+            if precisions.len() > 1 && target.writes_graphs() && !target.writes_variants {
                 let problem = format!("has {} names, and the target `{name}` has room for one", precisions.len());
                 return Err(Error::invalid("export.precision", problem)
                     .remedy("name one precision, or leave the target to a recipe of its own"));

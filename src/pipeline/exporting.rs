@@ -1,7 +1,5 @@
 //! Other precisions and layouts of a run's models.
 
-use std::path::Path;
-
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, ModelSource};
 use crate::checkpoint::{Checkpoint, checkpoint_on_disk};
@@ -42,7 +40,7 @@ impl Stages<'_> {
     pub fn quantise(
         &mut self,
         label: &str,
-        (model, digest): (&Path, &str),
+        (model, digest): (&ModelSource, &str),
         (section, calibration): (&ExportSection, &Calibration),
     ) -> Result<Option<Quantised>> {
         let precisions = section.precisions()?;
@@ -68,9 +66,9 @@ impl Stages<'_> {
             PrecisionRequest { precisions: &precisions, settings: section.blocks, calibration: ranges, budget };
         let step = format!("precision-{label}");
         let key = (&section.precision, section.blocks, section.max_kl, calibrated.then_some(calibration.seed));
-        let made = self.store.step(&step, &step, &inputs, &key, |path| {
-            write_variants(&Bundle::open(model)?, &request, path).map(|_| ())
-        })?;
+        let made = self
+            .store
+            .step(&step, &step, &inputs, &key, |path| write_variants(&model.open()?, &request, path).map(|_| ()))?;
         self.report_step(&step, &made);
         let has_suffix = Bundle::open(&made.path)?.layout().names_variants();
         let source = |row: &'static PrecisionRow| {
@@ -89,28 +87,31 @@ impl Stages<'_> {
     pub fn export(
         &mut self,
         label: &str,
-        (model, digest): (&Path, &str),
+        (model, digest): (&ModelSource, &str),
         quantised: Option<&Quantised>,
         section: &ExportSection,
     ) -> Result<()> {
         for target in section.targets()? {
             let mut settings = section.settings(target);
-            let quantised = quantised.filter(|_| target.reads("--variant"));
-            let source = quantised.map_or(model, |own| own.made.path.as_path());
+            let quantised = quantised.filter(|_| target.writes_graphs());
+            let source = quantised.map_or_else(|| model.clone(), |own| own.made.model());
             let mut inputs = vec![("model", quantised.map_or(digest, |own| &own.made.digest).to_string())];
             settings.variant = quantised.filter(|_| !target.writes_variants).and_then(Quantised::only_suffix);
             if let Some(base) = section.base.as_ref().filter(|_| target.reads("--base")) {
                 let base = checkpoint_on_disk(base, self.cancel)?;
                 inputs.push(("base", Checkpoint::open(&base)?.digest()?.to_string()));
                 settings.base = Some(base);
-                settings.dense = Some(self.model.to_path_buf());
+                settings.dense = Some(self.model.clone());
             }
             let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
             let name = format!("{}{label}", target.name);
+            let (cancel, mut notes) = (self.cancel, Vec::new());
             let done = self.store.step(&name, &name, &inputs, &settings, |path| {
-                export(&Bundle::open(source)?, target, &settings, path).map(|_| ())
+                notes = export(&source.open()?, target, &settings, path, cancel)?.notes;
+                Ok(())
             })?;
             self.report_step(&name, &done);
+            notes.iter().for_each(|note| self.note(&format!("warning: {name}: {note}")));
         }
         Ok(())
     }

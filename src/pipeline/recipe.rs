@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
+use crate::bundle::Variants;
 use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
@@ -27,6 +28,10 @@ use super::strategies::{AUTO, AutoSection};
 pub struct Recipe {
     /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
+    /// Precision variant of every component of the model, such as `fp16` or `q4`, or one for each that is named, as in
+    /// `decoder=q4,vision_encoder=fp16`; the most precise ones by default. `run --variant` overrides it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<Variants>,
     /// Folder for everything that the run makes; `run -o` overrides it.
     pub output: PathBuf,
     /// `cpu`, `cuda` or `cuda:N`.
@@ -465,6 +470,8 @@ mod tests {
             ("settings =", "dense = { recipe = \"fast\" }\nsettings =", "no loss on answers"),
             ("[\"data/bench.tsv\"]", "[\"data/bench.tsv\"]\nother = [{ data = \"x/bench.tsv\" }]", "called `bench`"),
             ("model = \"model\"", "model = \"model\"\ndevice = \"tpu\"", "tpu"),
+            ("model = \"model\"", "model = \"model\"\nvariant = \"q5\"", "`q5` is none of fp32"),
+            ("model = \"model\"", "model = \"model\"\nvariant = \"tower=q4\"", "`tower` is none of vision_encoder"),
         ];
         for (from, to, want) in cases {
             assert!(RECIPE.contains(from), "{from}");

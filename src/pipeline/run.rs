@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{
     AtomicFile, Cancel, Error, LOCK_FILE, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json,
 };
-use crate::bundle::{ModelSource, Variants, model_on_disk};
+use crate::bundle::ModelSource;
 use crate::data::Dataset;
 use crate::eval::{BenchReport, ModelBench, ModelScores, PairedComparison};
 use crate::method::Plan;
@@ -82,12 +82,6 @@ struct Variant {
     dropped: usize,
 }
 
-impl Variant {
-    fn path(&self) -> &Path {
-        self.source.path()
-    }
-}
-
 struct RecipeRun<'a> {
     recipe: &'a Recipe,
     stages: Stages<'a>,
@@ -109,7 +103,7 @@ pub fn run(
 fn run_in(recipe: &Recipe, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<RunResult> {
     let (part, _) = parts(recipe.finetune.held_back)?;
     check_there(&recipe.eval.benchmarks, &recipe.eval.other)?;
-    let model = model_on_disk(&recipe.model, &Variants::default(), cancel)?;
+    let model = ModelSource::find(&recipe.model, recipe.variant.clone(), cancel)?;
     let stages = Stages::open(folder, &model, recipe.device.parse()?, part, cancel, on_step)?;
     let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
@@ -138,7 +132,7 @@ fn run_in(recipe: &Recipe, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnM
         (None, _) => true,
     };
     if let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) {
-        run.stages.export("", (variant.path(), &variant.digest), quantised.as_ref(), &recipe.export)?;
+        run.stages.export("", (&variant.source, &variant.digest), quantised.as_ref(), &recipe.export)?;
     }
     let folder = run.stages.store.folder().to_path_buf();
     write_json(&folder.join(format!("{TABLE_FILE}.json")), &table)?;
@@ -148,7 +142,7 @@ fn run_in(recipe: &Recipe, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnM
 }
 
 fn variant(kind: Kind, label: String, made: Finished, dropped: usize) -> Variant {
-    Variant { kind, label, source: made.path.as_path().into(), digest: made.digest, dropped }
+    Variant { kind, label, source: made.model(), digest: made.digest, dropped }
 }
 
 impl RecipeRun<'_> {
@@ -213,7 +207,7 @@ impl RecipeRun<'_> {
                 settings: &settings,
             };
             let healed = self.stages.heal(&pruned, &healing)?;
-            let model = (&ModelSource::from(healed.path.as_path()), healed.digest.as_str());
+            let model = (&healed.model(), healed.digest.as_str());
             let found = self.stages.perplexity(("held-back", &step), model, &section.data, &read)?;
             self.stages.store.remove(&step)?;
             let loss = found.mean_loss;
@@ -330,8 +324,7 @@ impl RecipeRun<'_> {
         }
         self.bench(variants, &mut rows)?;
         let inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
-        let head = Provenance::new(Table::SCHEMA_VERSION, inputs, recipe)?;
-        Table::new(head.with_hub("model", self.stages.bundle.hub_name()), rows)
+        Table::new(self.stages.named(Provenance::new(Table::SCHEMA_VERSION, inputs, recipe)?), rows)
     }
 
     /// Every model's loss on what was held back, where something was.
@@ -383,7 +376,7 @@ impl RecipeRun<'_> {
         for kind in [Kind::Dense, Kind::Healed] {
             let Some(variant) = variants.iter().find(|variant| variant.kind == kind) else { continue };
             let (label, dropped) = (variant.label.clone(), variant.dropped);
-            let model = (variant.path(), variant.digest.as_str());
+            let model = (&variant.source, variant.digest.as_str());
             last = self.stages.quantise(&slug(&label), model, (&recipe.export, &recipe.calibration))?;
             let Some(Quantised { made, models }) = &last else { continue };
             variants.extend(models.iter().map(|(row, source)| Variant {
@@ -417,8 +410,7 @@ impl RecipeRun<'_> {
         for other in self.recipe.eval.other.iter().filter(|other| other.data.is_file()) {
             inputs.insert(format!("data {}", other.data.display()), sha256_file(&other.data)?);
         }
-        let provenance = Provenance::new(Manifest::SCHEMA_VERSION, inputs, self.recipe)?
-            .with_hub("model", self.stages.bundle.hub_name());
+        let provenance = self.stages.named(Provenance::new(Manifest::SCHEMA_VERSION, inputs, self.recipe)?);
         write_json(&path, &Manifest { provenance, files })
     }
 }

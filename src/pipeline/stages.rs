@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, refuse_hub_cache, write_json};
-use crate::bundle::{Bundle, Component, ModelSource};
+use crate::bundle::{Bundle, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
     BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, TextReport, TextScores, bench,
@@ -27,7 +27,7 @@ use super::store::{Finished, RunStore};
 /// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
     pub store: RunStore,
-    pub model: &'a Path,
+    pub model: &'a ModelSource,
     pub bundle: Bundle,
     pub dense: PlannedModel,
     pub device: Device,
@@ -65,19 +65,19 @@ pub struct Healing<'a> {
 impl<'a> Stages<'a> {
     /// Opens the folder and the dense model.
     ///
-    /// Errors: as `RunStore::open`, `Bundle::open` and `PlannedModel::of`.
+    /// Errors: as `RunStore::open`, `ModelSource::open` and `PlannedModel::of`.
     pub fn open(
         folder: &Path,
-        model: &'a Path,
+        model: &'a ModelSource,
         device: Device,
         part: DataPart,
         cancel: &'a Cancel,
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
-        let bundle = Bundle::open(model)?;
+        let bundle = model.open()?;
         refuse_hub_cache(folder)?;
         bundle.check_output(folder)?;
-        let store = RunStore::open(folder)?;
+        let store = RunStore::open(folder)?.of_variants(model.chosen());
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
@@ -93,6 +93,11 @@ impl<'a> Stages<'a> {
     /// Image features that steps share.
     pub fn features(&self) -> &Arc<FeatureCache> {
         &self.features
+    }
+
+    /// A head with the dense model's name on the hub and its variants.
+    pub fn named(&self, head: Provenance) -> Provenance {
+        head.with_hub("model", self.bundle.hub_name()).with_variants("model", self.bundle.chosen_variants())
     }
 
     /// Prints a line for the user.
@@ -222,7 +227,8 @@ impl<'a> Stages<'a> {
 
     /// The dense model as if a step had made it.
     pub fn dense_as_made(&self) -> Finished {
-        Finished { path: self.model.to_path_buf(), digest: self.dense.digest.clone(), reused: true }
+        let (path, variants) = (self.model.path().to_path_buf(), Some(self.model.variants().clone()));
+        Finished { path, digest: self.dense.digest.clone(), reused: true, variants }
     }
 
     /// A pruned model, or the dense one, finetuned.
@@ -238,9 +244,8 @@ impl<'a> Stages<'a> {
         let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
         let mut left_out = LeftOut::default();
         let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
-            let (model, teacher) = (ModelSource::from(pruned.path.as_path()), ModelSource::from(teacher));
             let request = Finetune {
-                model: &model,
+                model: &pruned.model(),
                 trained: healing.trained,
                 data: healing.data,
                 options: healing.options,
@@ -252,7 +257,7 @@ impl<'a> Stages<'a> {
                 limits: finetune::Limits::default(),
                 ranks: None,
                 features,
-                teacher: Some(&teacher),
+                teacher: Some(teacher),
             };
             steps::finetune(&request, path, cancel, &mut |_| ()).map(|report| left_out = report.left_out)
         })?;
@@ -267,7 +272,7 @@ impl<'a> Stages<'a> {
     pub fn answers(
         &mut self,
         label: &str,
-        model: &ModelSource,
+        asked: &ModelSource,
         digest: &str,
         questions: &[Questions],
         settings: &EvalSettings,
@@ -279,9 +284,11 @@ impl<'a> Stages<'a> {
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
                 let engine = opened(engine, device)?;
-                let model = engine.answer(model, benchmark, path, settings, cancel)?;
+                let model = engine.answer(asked, benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
-                let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
+                let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?
+                    .with_variants("model", asked.chosen().as_deref())
+                    .with_hub("model", asked.hub_name());
                 write_json(
                     target,
                     &EvalReport {
@@ -422,7 +429,7 @@ impl<'a> Stages<'a> {
         let (device, cancel, dense) = (self.device, self.cancel, self.model);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
             let runtime = Runtime::new(device)?;
-            write_json(target, &bench(model, Some(&dense.into()), &runtime, settings, None, cancel)?)
+            write_json(target, &bench(model, Some(dense), &runtime, settings, None, cancel)?)
         })?;
         self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)
@@ -469,14 +476,12 @@ pub fn questions(paths: &[PathBuf]) -> Result<Vec<Questions>> {
     paths.iter().map(open).collect()
 }
 
-/// Total size of a model's ONNX files in bytes: those of the chosen variant, where there is one, else all of them.
+/// Total size of a model's ONNX files in bytes, without variants that were not chosen.
 ///
 /// Errors: those of reading the files.
 pub fn size_bytes(model: &ModelSource) -> Result<u64> {
     let bundle = model.open()?;
-    let variant = model.chosen();
-    let counts = |component: &&Component| variant.as_ref().is_none_or(|variant| component.variant == *variant);
-    bundle.components().iter().filter(counts).map(|component| bundle.size_bytes(component)).sum()
+    bundle.components().iter().map(|component| bundle.size_bytes(component)).sum()
 }
 
 /// Merges several benchmarks. A benchmark with a metric of its own becomes one group with its score; the groups of

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{
     Error, FolderLock, LOCK_FILE, Result, Sha256Digest, read_json, resolved_path, sha256_file, sha256_json, write_json,
 };
+use crate::bundle::{ModelSource, Variants};
 
 /// Name of the file with the record of finished steps.
 pub const STATE_FILE: &str = "state.json";
@@ -50,6 +51,8 @@ pub struct StepState {
 pub struct RunStore {
     folder: PathBuf,
     state: RunState,
+    /// The variants of the run's model, which its digest does not tell apart; a part of every key.
+    variants: Option<String>,
     _lock: FolderLock,
 }
 
@@ -62,6 +65,15 @@ pub struct Finished {
     pub digest: Sha256Digest,
     /// True when it is from an earlier run.
     pub reused: bool,
+    /// Variants to run of a model that no step made.
+    pub variants: Option<Variants>,
+}
+
+impl Finished {
+    /// The model that the step made.
+    pub fn model(&self) -> ModelSource {
+        ModelSource::new(&self.path, self.variants.clone())
+    }
 }
 
 #[derive(Serialize)]
@@ -70,6 +82,8 @@ struct Key<'a, S> {
     step: &'a str,
     inputs: &'a [(&'a str, &'a str)],
     settings: &'a S,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    variants: Option<&'a str>,
 }
 
 impl RunStore {
@@ -107,7 +121,13 @@ impl RunStore {
             write_json(&path, &state)?;
             state
         };
-        Ok(RunStore { folder: folder.to_path_buf(), state, _lock: lock })
+        Ok(RunStore { folder: folder.to_path_buf(), state, variants: None, _lock: lock })
+    }
+
+    /// The same for a model in these variants: steps that were done with others are done again.
+    pub fn of_variants(mut self, variants: Option<String>) -> Self {
+        self.variants = variants;
+        self
     }
 
     /// The run's folder.
@@ -136,12 +156,12 @@ impl RunStore {
         settings: &S,
         work: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Finished> {
-        let key = key_of(name, inputs, settings)?;
+        let key = self.key_of(name, inputs, settings)?;
         let path = self.folder.join(output);
         if let Some(done) = self.state.steps.get(name)
             && done.is(&key, &path)?
         {
-            return Ok(Finished { path, digest: done.digest.clone(), reused: true });
+            return Ok(Finished { path, digest: done.digest.clone(), reused: true, variants: None });
         }
         self.check_output(name, output)?;
         self.remove_step(name)?;
@@ -167,7 +187,7 @@ impl RunStore {
         let done = StepState { key, output: output.to_string(), digest: digest.clone(), seconds, removed: false };
         self.state.steps.insert(name.to_string(), done);
         self.save()?;
-        Ok(Finished { path, digest, reused: false })
+        Ok(Finished { path, digest, reused: false, variants: None })
     }
 
     /// Checks that a step can write its output: nothing is there, or what a run made.
@@ -188,7 +208,7 @@ impl RunStore {
     /// Errors: `Error::Io` when the output cannot be read.
     pub fn is_done<S: Serialize>(&self, name: &str, inputs: &[(&str, &str)], settings: &S) -> Result<bool> {
         let Some(done) = self.state.steps.get(name) else { return Ok(false) };
-        done.is(&key_of(name, inputs, settings)?, &self.folder.join(&done.output))
+        done.is(&self.key_of(name, inputs, settings)?, &self.folder.join(&done.output))
     }
 
     /// Removes a finished step's output and records the removal; later steps that used the output remain valid.
@@ -217,6 +237,11 @@ impl RunStore {
     fn save(&self) -> Result<()> {
         write_json(&self.folder.join(STATE_FILE), &self.state)
     }
+
+    fn key_of<S: Serialize>(&self, step: &str, inputs: &[(&str, &str)], settings: &S) -> Result<Sha256Digest> {
+        let variants = self.variants.as_deref();
+        sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step, inputs, settings, variants })
+    }
 }
 
 impl StepState {
@@ -227,10 +252,6 @@ impl StepState {
         }
         Ok(if self.removed { !path.exists() } else { path.exists() && digest_of(path)? == self.digest })
     }
-}
-
-fn key_of<S: Serialize>(step: &str, inputs: &[(&str, &str)], settings: &S) -> Result<Sha256Digest> {
-    sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step, inputs, settings })
 }
 
 /// True for a relative path without `..` whose folder, with links followed, is `folder` or below it.
@@ -342,6 +363,19 @@ mod tests {
         fs::write(folder.path().join(STATE_FILE), "{").unwrap();
         let error = RunStore::open(folder.path()).err().unwrap().to_string();
         assert!(error.contains("state.json`: not JSON") && error.contains("; remove the folder `"), "{error}");
+    }
+
+    #[test]
+    fn a_step_of_other_variants_runs_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let open =
+            |variants: Option<&str>| RunStore::open(folder.path()).unwrap().of_variants(variants.map(str::to_string));
+        for (variants, reused) in [(None, false), (Some("q4"), false), (Some("q4"), true), (Some("fp16"), false)] {
+            let done = open(variants).step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
+            assert_eq!(done.reused, reused, "{variants:?}");
+            assert!(open(variants).is_done("s", &[("model", "a")], &1).unwrap());
+        }
+        assert!(!open(None).is_done("s", &[("model", "a")], &1).unwrap());
     }
 
     #[test]

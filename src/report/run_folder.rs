@@ -107,13 +107,17 @@ impl RunFolder {
         self.settings()?.pointer(pointer)?.as_str()
     }
 
-    /// The dense model's name on the hub, or its path in the recipe.
+    /// The dense model's name on the hub, or its path in the recipe, with its variants in brackets where some were chosen.
     pub fn model(&self) -> String {
         let table = self.table.as_ref().map(|table| &table.provenance);
         let sweep = self.sweep.as_ref().map(|sweep| &sweep.provenance);
         let head = table.or(sweep).or_else(|| self.tune.as_ref().map(|tune| &tune.provenance));
         let named = head.and_then(|head| head.hub.get("model")).map(String::as_str);
-        named.or_else(|| self.setting("/model")).unwrap_or("a model").to_string()
+        let name = named.or_else(|| self.setting("/model")).unwrap_or("a model");
+        match head.and_then(|head| head.variants.get("model")) {
+            Some(variants) => format!("{name} ({variants})"),
+            None => name.to_string(),
+        }
     }
 
     /// Paths of the benchmarks, as they were in the working folder of the run.

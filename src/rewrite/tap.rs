@@ -11,7 +11,7 @@ use super::tidy;
 pub const SIMILARITY_PREFIX: &str = "interlace.sim_";
 
 /// A model whose only outputs are the cosine similarities of the stream before layer `i` with the stream before layer
-/// `i + k`, for each pack size `k`: `interlace.sim_k` of shape `[n, B, T]` in float32, one row for each `i`.
+/// `i + k`, for each pack size `k`: `interlace.sim_k` of shape `[n, T, B]` in float32, one row for each `i`.
 ///
 /// The stream before layer `i` is the output of layer `i - 1`, and before layer 0 the input of layer 0. Features added
 /// between layers (DeepStack) are not in it yet, as in the hidden states that Hugging Face records.
@@ -27,7 +27,7 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
     let mut streams: Vec<ValueId> = layers.first().map(|layer| layer.input).into_iter().collect();
     streams.extend(layers.iter().take(behind).map(|layer| layer.output));
     let build = Builder::new(&mut model, "tap");
-    let mut taps = Taps { axes_as_input: build.opset() >= 13, build, axes: None, unsqueeze_axes: None };
+    let mut taps = Taps { axes_as_input: build.opset() >= 13, build, axes: None };
     let mut floats = Vec::with_capacity(streams.len());
     let mut norms = Vec::with_capacity(streams.len());
     for &stream in &streams {
@@ -43,15 +43,16 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
             Error::invalid(format!("pack of {pack} layers"), format!("does not fit into {} layers", layers.len()))
                 .remedy("give `--packs` sizes below the number of layers")
         })?;
-        let mut rows = Vec::with_capacity(count);
-        for first in 0..count {
-            let product = taps.dot(floats[first], floats[first + pack]);
-            let length = taps.build.node("Mul", &[norms[first], norms[first + pack]], &[]);
-            let length = taps.build.node("Max", &[length, epsilon], &[]);
-            let similarity = taps.build.node("Div", &[product, length], &[]);
-            rows.push(taps.unsqueeze(similarity));
-        }
-        let joined = taps.build.node("Concat", &rows, &[("axis", AttributeKind::Int(0))]);
+        // One division for all rows: in a small model the time of these nodes is their number.
+        let products: Vec<ValueId> =
+            floats.iter().zip(&floats[pack..]).map(|(&before, &after)| taps.dot(before, after)).collect();
+        let products = taps.joined(&products);
+        let (before, after) = (taps.joined(&norms[..count]), taps.joined(&norms[pack..]));
+        let length = taps.build.node("Mul", &[before, after], &[]);
+        let length = taps.build.node("Max", &[length, epsilon], &[]);
+        let similarity = taps.build.node("Div", &[products, length], &[]);
+        // All axes in reverse: one row for each pack, of whatever rank the stream is.
+        let joined = taps.build.node("Transpose", &[similarity], &[]);
         let value = &mut taps.build.model.graph.values[joined.index()];
         value.name = format!("{SIMILARITY_PREFIX}{pack}");
         let shape = vec![Dim::Known(count as i64), Dim::Unknown, Dim::Unknown];
@@ -68,34 +69,25 @@ struct Taps<'a> {
     build: Builder<'a>,
     axes_as_input: bool,
     axes: Option<ValueId>,
-    unsqueeze_axes: Option<ValueId>,
 }
 
 impl Taps<'_> {
-    /// Sum of products over the last axis: `[B, T, D]`, `[B, T, D]` -> `[B, T]`.
+    /// Sum of products over the last axis: `[B, T, D]`, `[B, T, D]` -> `[B, T, 1]`.
     fn dot(&mut self, left: ValueId, right: ValueId) -> ValueId {
         let product = self.build.node("Mul", &[left, right], &[]);
-        let keepdims = ("keepdims", AttributeKind::Int(0));
         if !self.axes_as_input {
-            return self.build.node("ReduceSum", &[product], &[("axes", AttributeKind::Ints(vec![-1])), keepdims]);
+            return self.build.node("ReduceSum", &[product], &[("axes", AttributeKind::Ints(vec![-1]))]);
         }
         let axes = match self.axes {
             Some(id) => id,
             None => self.build.constant("last_axis", Tensor::from_i64(&[1], &[-1])),
         };
         self.axes = Some(axes);
-        self.build.node("ReduceSum", &[product, axes], &[keepdims])
+        self.build.node("ReduceSum", &[product, axes], &[])
     }
 
-    fn unsqueeze(&mut self, value: ValueId) -> ValueId {
-        if !self.axes_as_input {
-            return self.build.node("Unsqueeze", &[value], &[("axes", AttributeKind::Ints(vec![0]))]);
-        }
-        let axes = match self.unsqueeze_axes {
-            Some(id) => id,
-            None => self.build.constant("first_axis", Tensor::from_i64(&[1], &[0])),
-        };
-        self.unsqueeze_axes = Some(axes);
-        self.build.node("Unsqueeze", &[value, axes], &[])
+    /// `n` values `[B, T, 1]` -> `[B, T, n]`.
+    fn joined(&mut self, values: &[ValueId]) -> ValueId {
+        self.build.node("Concat", values, &[("axis", AttributeKind::Int(-1))])
     }
 }

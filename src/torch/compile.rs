@@ -1,6 +1,7 @@
 //! Compiles graph nodes to steps: looks up operators, inlines functions, compiles sub-graphs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use tch::{Device, Kind};
 
@@ -14,9 +15,10 @@ use super::convert::{computed_kind, constant_from_ir, kind_of};
 use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
 use super::operator::Operator;
 use super::precision::mixed;
-use super::step::{CompiledNode, Slot, places_read};
+use super::step::{CompiledNode, places_read};
 use super::sub_graph::{CompiledSubGraph, Declared, Ports};
 use super::table::find_operator;
+use super::wiring::{Repetition, Slot};
 
 /// Limit on nested functions and sub-graphs; bounds the stack on a malformed file.
 const MAX_DEPTH: usize = 64;
@@ -204,16 +206,20 @@ impl<'m> Compiler<'m> {
             inputs.iter().map(|slot| self.dtypes.get(slot.as_ref()?).copied()).collect();
         let (has_4_bits, autocast) = (self.has_4_bits, self.autocast);
         let mut failed = None;
-        let mut body_on_host = Vec::new();
+        let (mut body_on_host, mut bodies) = (Vec::new(), Vec::new());
+        let repetition = repetition(node, list);
         let built = {
             let mut compile = |body: &Body| match self.body(scope, body, &mut inputs, &mut body_on_host) {
-                Ok(block) => Ok(block),
+                Ok(block) => {
+                    bodies.push(Arc::new(block.wiring(repetition)));
+                    Ok(block)
+                }
                 Err(error) => {
                     failed = Some(error);
                     Err(OpError::new("a sub-graph does not compile"))
                 }
             };
-            let mut bodies = Bodies { compile: &mut compile };
+            let mut compilers = Bodies { compile: &mut compile };
             let mut build = Build {
                 attributes: &attributes,
                 version,
@@ -222,7 +228,7 @@ impl<'m> Compiler<'m> {
                 dtypes: &dtypes,
                 has_4_bits,
                 autocast,
-                bodies: &mut bodies,
+                bodies: &mut compilers,
             };
             (row.build)(&mut build)
         };
@@ -239,7 +245,7 @@ impl<'m> Compiler<'m> {
                     Some(low) => mixed(row, node, kernel, low),
                     None => kernel,
                 };
-                Ok(Some(CompiledNode { label, row, kernel, inputs, body_on_host, outputs }))
+                Ok(Some(CompiledNode { label, row, kernel, inputs, body_on_host, bodies, outputs }))
             }
             Err(OpError(reason)) => {
                 self.lacks(node, &version.to_string(), reason, label);
@@ -385,6 +391,7 @@ impl<'m> Compiler<'m> {
                 kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
                 inputs: vec![Some(from)],
                 body_on_host: Vec::new(),
+                bodies: Vec::new(),
                 outputs: vec![Some(to)],
             });
         }
@@ -399,6 +406,17 @@ impl<'m> Compiler<'m> {
                 .remedy("inline the model's functions before the export"));
         }
         Ok(())
+    }
+}
+
+/// How often bodies of a node run.
+fn repetition(node: &Node, attributes: &[(String, Attribute)]) -> Repetition {
+    let slices =
+        || attributes.iter().find(|(name, _)| name == "num_scan_inputs").and_then(|(_, slices)| slices.as_int());
+    match node.op_type.as_str() {
+        "Loop" => Repetition::Loop,
+        "Scan" => Repetition::Scan { slices: slices().and_then(|slices| usize::try_from(slices).ok()).unwrap_or(0) },
+        _ => Repetition::Once,
     }
 }
 

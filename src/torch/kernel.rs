@@ -1,6 +1,7 @@
 //! An operator at run time: a closure from tensors to tensors.
 
-use tch::{Device, Kind, Tensor};
+use tch::kind::Element;
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::ir::{Body, DataType};
 
@@ -34,7 +35,7 @@ impl<'a> Args<'a> {
     /// The elements of an integer tensor, if the input is present.
     pub fn ints(&self, index: usize) -> OpResult<Option<Vec<i64>>> {
         #[cfg(test)]
-        READS.with_borrow_mut(|reads| reads.push(index));
+        READS.with_borrow_mut(|reads| reads.push(Some(index)));
         self.opt(index).map(host_ints).transpose()
     }
 
@@ -56,7 +57,7 @@ impl<'a> Args<'a> {
     /// The single number of an input as f64, if present.
     pub fn float(&self, index: usize) -> OpResult<Option<f64>> {
         #[cfg(test)]
-        READS.with_borrow_mut(|reads| reads.push(index));
+        READS.with_borrow_mut(|reads| reads.push(Some(index)));
         let Some(tensor) = self.opt(index) else { return Ok(None) };
         if tensor.numel() != 1 {
             return Err(OpError::new(format!("input {index} has {} elements, expected 1", tensor.numel())));
@@ -68,19 +69,19 @@ impl<'a> Args<'a> {
 
 #[cfg(test)]
 thread_local! {
-    /// Inputs whose numbers the operator in progress has read on the host.
-    static READS: std::cell::RefCell<Vec<usize>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Inputs whose numbers the operator in progress has read on the host; `None` for numbers of its own.
+    static READS: std::cell::RefCell<Vec<Option<usize>>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
 /// Ends the list of reads of the operator in progress, which goes on after one inside it.
 #[cfg(test)]
-pub(super) fn take_reads() -> Vec<usize> {
+pub(super) fn take_reads() -> Vec<Option<usize>> {
     READS.take()
 }
 
 /// The reads since [`take_reads`], whose list goes on.
 #[cfg(test)]
-pub(super) fn put_reads(outer: Vec<usize>) -> Vec<usize> {
+pub(super) fn put_reads(outer: Vec<Option<usize>>) -> Vec<Option<usize>> {
     READS.replace(outer)
 }
 
@@ -92,6 +93,25 @@ pub fn host_ints(tensor: &Tensor) -> OpResult<Vec<i64>> {
     }
     let flat = tensor.f_to_kind(Kind::Int64)?.f_reshape([-1i64])?;
     Ok(Vec::<i64>::try_from(&flat)?)
+}
+
+/// Integers that an operator has computed itself, for which a run waits where that was on a GPU. The operator's row says that
+/// it does so.
+pub fn own_ints(tensor: &Tensor) -> OpResult<Vec<i64>> {
+    #[cfg(test)]
+    READS.with_borrow_mut(|reads| reads.push(None));
+    host_ints(tensor)
+}
+
+/// A tensor on a device. A copy to a GPU does not wait for what the GPU computes; LibTorch's own `to_device` does, also for
+/// a single number.
+pub fn moved_to(tensor: &Tensor, device: Device) -> Result<Tensor, TchError> {
+    tensor.f_to_device_(device, tensor.f_kind()?, device != Device::Cpu, false)
+}
+
+/// Numbers that were computed on the host, as a tensor `[N]` on a device.
+pub fn list_on<T: Element>(numbers: &[T], device: Device) -> Result<Tensor, TchError> {
+    moved_to(&Tensor::f_from_slice(numbers)?, device)
 }
 
 /// True for the floating-point kinds that support arithmetic.

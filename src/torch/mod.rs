@@ -22,6 +22,7 @@
 //! (masks, reshape targets) are computed once per set of input shapes and cached within a memory limit.
 
 mod attributes;
+mod bodies;
 mod compile;
 mod convert;
 mod device;
@@ -42,6 +43,7 @@ mod step;
 mod sub_graph;
 mod table;
 mod weights;
+mod wiring;
 
 pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir};
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};

@@ -26,6 +26,8 @@ pub struct Operator {
     pub(super) rounds: bool,
     /// True when the output needs more memory than the input: quantised weights as floats.
     pub(super) expands: bool,
+    /// True when it reads on the host numbers that it computes itself.
+    pub(super) waits: bool,
     pub(super) build: fn(&mut Build) -> OpResult<Kernel>,
 }
 
@@ -48,6 +50,7 @@ impl Operator {
             widens: false,
             rounds: false,
             expands: false,
+            waits: false,
             build,
         }
     }
@@ -89,6 +92,11 @@ impl Operator {
 
     pub(super) const fn expands(mut self) -> Self {
         self.expands = true;
+        self
+    }
+
+    pub(super) const fn waits(mut self) -> Self {
+        self.waits = true;
         self
     }
 

@@ -12,12 +12,14 @@ use crate::ir::{self, DataType, Dim, Model, ValueId, ValueType};
 use super::compile::{Compiler, needed_nodes, value_ids};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::host_reads::{HostFacts, HostReads};
+use super::kernel::moved_to;
 use super::op_error::{OpError, OpResult};
 use super::options::Options;
 use super::products::lowered;
 use super::schedule::{ExecutionSchedule, ScheduleRequest, ScheduledNode, ShapeCache, ShapeCaches, Signature};
-use super::step::{CompiledNode, Slot, moved_to, places_read, store};
+use super::step::{CompiledNode, places_read, store};
 use super::weights::{self, FixedTensors, Hold, Shared};
+use super::wiring::Slot;
 
 /// A trainable weight: a leaf tensor with gradients. An optimiser may write to it in place between runs.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ pub struct Program {
     places_read: [HashSet<Slot>; 2],
     /// Slots that are computed on the host, from shapes and small constants.
     resident: HashSet<Slot>,
+    /// Slots on the host from which others are computed there.
+    kept: HashSet<Slot>,
     device: Device,
     autocast: Option<Kind>,
     hold: Hold,
@@ -162,6 +166,7 @@ impl Program {
         let mut program = Program {
             places_read: places_read(&steps),
             resident: HashSet::new(),
+            kept: HashSet::new(),
             steps,
             producers,
             names,
@@ -178,7 +183,7 @@ impl Program {
             shared: Arc::default(),
             state: RefCell::default(),
         };
-        program.resident = program.where_read(&|_| false).resident;
+        HostReads { resident: program.resident, kept: program.kept, .. } = program.where_read(&|_| false);
         Ok(program)
     }
 
@@ -355,10 +360,11 @@ impl Program {
             None => {
                 let mut cache = ShapeCache { schedule: number, signature, values: HashMap::new() };
                 let kept = &schedule.static_kept;
-                let stays = |slot: Slot, tensor: &Tensor| match schedule.outputs.contains(&slot) {
-                    true => self.stays(slot, tensor),
-                    false => self.places_read[0].contains(&slot),
-                };
+                let stays =
+                    |slot: Slot, tensor: &Tensor| match schedule.outputs.contains(&slot) || self.kept.contains(&slot) {
+                        true => self.stays(slot, tensor),
+                        false => self.places_read[0].contains(&slot),
+                    };
                 self.execute(&schedule.full, &mut values, &fixed, &schedule.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
                         let place = if stays(slot, tensor) { tensor.device() } else { self.device };
@@ -558,6 +564,9 @@ fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchEr
     if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
 }
 
+#[cfg(test)]
+#[path = "host_reads_tests.rs"]
+mod host_reads_tests;
 #[cfg(test)]
 #[path = "program_tests.rs"]
 mod tests;

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use tch::{Kind, Tensor};
 
-use super::step::{CompiledNode, Slot};
+use super::step::CompiledNode;
+use super::wiring::Slot;
 
 /// Frequency at which a step must run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! One compiled node: its operator and the slots of its inputs and outputs.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
@@ -8,9 +9,7 @@ use crate::base::{Error, Result};
 
 use super::kernel::{Args, Kernel, OpError, OpResult};
 use super::operator::Operator;
-
-/// Index of a value in a program. The top-level graph's values come first, in the order of their ids.
-pub(super) type Slot = usize;
+use super::wiring::{BodyWiring, Slot, StepWiring};
 
 /// One compiled node.
 pub(super) struct CompiledNode {
@@ -22,6 +21,7 @@ pub(super) struct CompiledNode {
     pub inputs: Vec<Option<Slot>>,
     /// Positions of inputs that a body of the node reads on the host.
     pub body_on_host: Vec<usize>,
+    pub bodies: Vec<Arc<BodyWiring>>,
     pub outputs: Vec<Option<Slot>>,
 }
 
@@ -53,15 +53,16 @@ impl CompiledNode {
         self.compute(&Args { inputs: &inputs })
     }
 
-    /// Runs the operator. In tests, a read on the host of an input that the row does not name as one is a panic: on a GPU
-    /// it would be a copy from the device that [`super::host_reads`] does not know of.
+    /// Runs the operator. In tests, a read on the host that the row does not name is a panic: on a GPU it would be a copy from
+    /// the device that [`super::host_reads`] does not know of.
     fn compute(&self, args: &Args) -> OpResult<Vec<Tensor>> {
         #[cfg(test)]
         let outer = super::kernel::take_reads();
         let results = (self.kernel)(args);
         #[cfg(test)]
         for index in super::kernel::put_reads(outer) {
-            assert!(self.reads_on_host(index), "{} reads input {index} on the host", self.label);
+            let known = index.map_or(self.row.waits, |index| self.reads_on_host(index));
+            assert!(known, "{} reads input {index:?} on the host", self.label);
         }
         results
     }
@@ -75,6 +76,13 @@ impl CompiledNode {
             _ => self.row.reads_on_host(index),
         };
         own || self.body_on_host.contains(&index)
+    }
+
+    /// The step without its kernel.
+    pub(super) fn wiring(&self) -> StepWiring {
+        let on_host = (0..self.inputs.len()).filter(|&index| self.reads_on_host(index)).collect();
+        let (inputs, outputs, bodies) = (self.inputs.clone(), self.outputs.clone(), self.bodies.clone());
+        StepWiring { row: self.row, inputs, outputs, on_host, bodies }
     }
 
     /// The error for a failure of this step.
@@ -104,11 +112,6 @@ pub(super) fn places_read(steps: &[CompiledNode]) -> [HashSet<Slot>; 2] {
         }
     }
     [on_host, elsewhere]
-}
-
-/// A tensor on a device. A copy to a GPU does not wait for what the GPU computes.
-pub(super) fn moved_to(tensor: &Tensor, device: Device) -> Result<Tensor, tch::TchError> {
-    tensor.f_to_device_(device, tensor.f_kind()?, device != Device::Cpu, false)
 }
 
 /// Passes a step's results to `put`.

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
-use super::kernel::{Args, OpError, OpResult, SubGraph};
-use super::step::{CompiledNode, Slot, moved_to, store};
+use super::kernel::{Args, OpError, OpResult, SubGraph, moved_to};
+use super::step::{CompiledNode, store};
+use super::wiring::{BodyWiring, Repetition, Slot};
 
 /// Declared type and shape of a sub-graph's output.
 pub(super) struct Declared {
@@ -53,6 +54,18 @@ impl CompiledSubGraph {
             }
         }
         CompiledSubGraph { steps, ports, constants, captures, frees, device }
+    }
+
+    /// The body without its kernels.
+    pub(super) fn wiring(&self, repetition: Repetition) -> BodyWiring {
+        BodyWiring {
+            repetition,
+            steps: self.steps.iter().map(CompiledNode::wiring).collect(),
+            inputs: self.ports.inputs.clone(),
+            outputs: self.ports.outputs.clone(),
+            constants: self.constants.iter().map(|(slot, _)| *slot).collect(),
+            captures: self.captures.clone(),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::ir::{self, TensorData};
 
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
 use super::op_error::OpResult;
-use super::step::Slot;
+use super::wiring::Slot;
 
 /// Storage of frozen weights that are quantised or have 16 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

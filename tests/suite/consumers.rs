@@ -6,7 +6,7 @@ use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
 use interlace::eval::{Check, CheckStatus, DeviceLimits, VerifyReport, verify};
 use interlace::export::{Export, ExportSettings, export, target_named};
-use interlace::ir::{AttributeKind, DataType, Model, Node, Value};
+use interlace::ir::{AttributeKind, Body, DataType, Model, Node, Value};
 use interlace::onnx::{self, Storage};
 use interlace::rewrite::{casts_wide_positions, narrow_positions};
 use interlace::runtime::{Port, Runtime, SessionOptions};
@@ -19,7 +19,7 @@ fn model() -> std::path::PathBuf {
 
 fn to(target: &str, model: &Path, out: &Path) -> interlace::base::Result<Export> {
     let bundle = Bundle::open(model).expect("bundle");
-    export(&bundle, target_named(target).expect("a target"), &ExportSettings::default(), out)
+    export(&bundle, target_named(target).expect("a target"), &ExportSettings::default(), out, &Cancel::default())
 }
 
 fn checks(folder: &Path) -> Vec<Check> {
@@ -123,9 +123,27 @@ fn a_webgpu_folder_passes_the_checks_that_the_model_fails() {
     let small = folder.path().join("small");
     let settings = ExportSettings { max_buffer_bytes: Some(LIMIT), ..ExportSettings::default() };
     let bundle = Bundle::open(&model()).expect("bundle");
-    export(&bundle, target_named("webgpu").expect("a target"), &settings, &small).expect("export");
+    let target = target_named("webgpu").expect("a target");
+    let tight = export(&bundle, target, &settings, &small, &Cancel::default()).expect("export");
     let report = on_webgpu(&small, Some(LIMIT));
     assert!(report.passed, "{:#?}", report.checks);
+    // The export says of itself what `verify` finds, and notes prompts that the model takes and the buffers do not.
+    for (written, report) in [(&written, &on_webgpu(&out, None)), (&tight, &report)] {
+        let mut found = of(report, "buffers of activations");
+        found.retain(|check| check.status != CheckStatus::Unavailable);
+        assert_eq!(written.buffers, found);
+    }
+    let noted = |written: &Export| -> Vec<String> {
+        written.notes.iter().filter(|note| note.contains("fit into")).cloned().collect()
+    };
+    assert!(noted(&written).is_empty(), "the context of 2048 tokens fits: {:?}", written.notes);
+    let [note] = &noted(&tight)[..] else { panic!("{:?}", tight.notes) };
+    for part in ["decoder_model_merged.onnx", "`logits`", "at most 29 tokens", "allows 2048", "chunked prefill"] {
+        assert!(note.contains(part), "{note}");
+    }
+    let recorded = std::fs::read(small.join("interlace-export.json")).expect("a record");
+    let recorded: Export = serde_json::from_slice(&recorded).expect("JSON");
+    assert_eq!((recorded.notes, recorded.buffers), (tight.notes, tight.buffers));
     // 4 bytes for each of 839 tokens of the vocabulary.
     let decoder = activations(&report, "decoder_model_merged").detail;
     assert!(decoder.contains("a prompt of 29 tokens fit") && decoder.contains("`logits`"), "{decoder}");
@@ -206,6 +224,57 @@ fn in_bfloat16(model: &mut Model) {
         ..Node::default()
     };
     graph.body.nodes.insert(0, node);
+}
+
+/// Moves the scores of a layer into a branch of an `If`, where they are doubled and halved.
+fn scores_in_a_branch(model: &mut Model) {
+    let graph = &mut model.graph;
+    let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+    let [scores, doubled, chosen, other, condition] =
+        ["scores", "doubled", "chosen", "other", "condition"].map(&mut value);
+    let constants = [("starts", 0), ("ends", 4), ("axes", 1)].map(|(name, number)| (value(name), number));
+    let node = |op: &str, inputs: &[interlace::ir::ValueId], output, attributes: Vec<(&str, AttributeKind)>| Node {
+        op_type: op.into(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: vec![Some(output)],
+        attributes: attributes.into_iter().map(|(name, kind)| (name.to_string(), kind.into())).collect(),
+        ..Node::default()
+    };
+    let body = |outputs: Vec<interlace::ir::ValueId>, nodes| {
+        AttributeKind::Graph(Body { name: "branch".into(), outputs, nodes, ..Body::default() })
+    };
+    let at = graph.body.nodes.iter().position(|node| node.op_type == "Softmax").expect("scores");
+    let (mut inside, result) = (graph.body.nodes[at].clone(), graph.body.nodes[at].outputs[0].expect("a result"));
+    let unscaled = inside.inputs[0].expect("an input");
+    inside.outputs = vec![Some(scores)];
+    let mut then = vec![inside, node("Concat", &[scores, scores], doubled, vec![("axis", AttributeKind::Int(1))])];
+    for (id, number) in constants {
+        let tensor = AttributeKind::Tensor(interlace::ir::Tensor::from_i64(&[1], &[number]));
+        then.push(node("Constant", &[], id, vec![("value", tensor)]));
+    }
+    let [starts, ends, axes] = constants.map(|(id, _)| id);
+    then.push(node("Slice", &[doubled, starts, ends, axes], chosen, vec![]));
+    let otherwise = vec![node("Identity", &[unscaled], other, vec![])];
+    let branches = vec![("then_branch", body(vec![chosen], then)), ("else_branch", body(vec![other], otherwise))];
+    graph.body.nodes[at] = Node { name: "choice".into(), ..node("If", &[condition], result, branches) };
+    let always = interlace::ir::Tensor::from_bytes(DataType::Bool, &[], vec![1]);
+    graph.body.initializers.push((condition, always));
+}
+
+/// A value inside of a body counts, and the branch that is not taken is no value of the prompt.
+#[test]
+fn values_inside_of_bodies_are_measured() {
+    let folder = tempfile::tempdir().expect("folder");
+    let source = changed(folder.path(), scores_in_a_branch);
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let limits = DeviceLimits::new(Some(1_000_000_000), false);
+    let report = verify(&source.as_path().into(), limits, &runtime, &Cancel::default()).expect("a report");
+    let found = report.checks.iter().filter(|check| check.name == "buffers of activations");
+    let found = found.into_iter().find(|check| check.subject.contains("decoder")).expect("a measurement");
+    // 8 heads' scores of 4 bytes for each pair of tokens.
+    assert_eq!((found.status, found.longest_prompt), (CheckStatus::Passed, Some(5590)), "{found:?}");
+    assert!(found.detail.contains("`doubled` of Concat in node `choice` (If) does not"), "{found:?}");
+    assert!(found.detail.ends_with("1 value of a branch that was not taken is not measured"), "{found:?}");
 }
 
 #[test]

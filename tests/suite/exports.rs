@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use interlace::base::{Device, sha256_bytes};
+use interlace::base::{Cancel, Device, sha256_bytes};
 use interlace::bundle::Bundle;
 use interlace::export::triton::Serving;
 use interlace::export::{Export, ExportSettings, export, target_named};
@@ -12,8 +12,12 @@ use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 
 use super::cli::{interlace, stderr};
 
+fn written(target: &str, bundle: &Bundle, settings: &ExportSettings, out: &Path) -> interlace::base::Result<Export> {
+    export(bundle, target_named(target).expect("a target"), settings, out, &Cancel::default())
+}
+
 fn to_triton(bundle: &Bundle, out: &Path) -> Export {
-    export(bundle, target_named("triton").expect("a target"), &ExportSettings::default(), out).expect("export")
+    written("triton", bundle, &ExportSettings::default(), out).expect("export")
 }
 
 fn zoo(file: &str) -> PathBuf {
@@ -100,8 +104,7 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
 }
 
 fn to_transformers_js(model: &Path, out: &Path) -> interlace::base::Result<Export> {
-    let target = target_named("transformers-js").expect("a target");
-    export(&Bundle::open(model).expect("bundle"), target, &ExportSettings::default(), out)
+    to("transformers-js", model, &ExportSettings::default(), out)
 }
 
 fn json(path: PathBuf) -> serde_json::Value {
@@ -141,7 +144,7 @@ fn data_files_are_at_most_as_large_as_shard_size_says() {
     for target in ["transformers-js", "webgpu", "openvino", "genai"] {
         let out = folder.path().join(target);
         let settings = ExportSettings { shard_bytes: Some(LIMIT), ..ExportSettings::default() };
-        export(&bundle, target_named(target).expect("a target"), &settings, &out).expect("export");
+        written(target, &bundle, &settings, &out).expect("export");
         let again = Bundle::open(&out).expect("the folder is a model again");
         let mut split = 0;
         for component in again.components() {
@@ -161,7 +164,7 @@ fn data_files_are_at_most_as_large_as_shard_size_says() {
     }
     let settings = ExportSettings { shard_bytes: Some(100_000), ..ExportSettings::default() };
     let out = folder.path().join("small");
-    let error = export(&bundle, target_named("openvino").expect("a target"), &settings, &out).unwrap_err().to_string();
+    let error = written("openvino", &bundle, &settings, &out).unwrap_err().to_string();
     assert!(error.contains("--max-buffer") && error.contains("100 kB"), "{error}");
     assert!(!out.exists());
 }
@@ -289,7 +292,7 @@ fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
 }
 
 fn to(target: &str, model: &Path, settings: &ExportSettings, out: &Path) -> interlace::base::Result<Export> {
-    export(&Bundle::open(model).expect("bundle"), target_named(target).expect("a target"), settings, out)
+    written(target, &Bundle::open(model).expect("bundle"), settings, out)
 }
 
 /// Outputs of a decoder for a prompt of 7 tokens, and for one more behind them; of float32.

@@ -328,6 +328,32 @@ fn a_variant_that_a_verb_names_is_all_that_it_downloads_of_a_component() {
     }
 }
 
+/// `tune`, `run` and `sweep` find the model before their data.
+#[test]
+fn whole_runs_download_the_variants_that_are_named_alone() {
+    let hub = hub_with_q4();
+    let bench = fixture("data/bench-small.tsv");
+    let head = "model = \"hf:org/tiny\"\noutput = \"out\"\ncalibration = { data = \"none\", samples = 2 }\n";
+    let tail = format!("finetune = {{ data = \"none\" }}\neval = {{ benchmarks = [\"{bench}\"] }}\n");
+    let recipe =
+        format!("{head}variant = \"decoder=q4\"\nplan = {{ drop_count = 2, strategies = [\"shortgpt\"] }}\n{tail}");
+    let sweep = format!("{head}drop_ratios = [0.2]\nstrategies = [\"shortgpt\"]\n{tail}");
+    for arguments in [
+        &["tune", "hf:org/tiny", "--variant", "decoder=q4", "--size", "1MB", "--data", "none", "-o", "out"][..],
+        &["run", "recipe.toml"],
+        &["sweep", "sweep.toml", "--variant", "decoder=q4"],
+    ] {
+        let home = tempfile::tempdir().expect("folder");
+        fs::write(home.path().join("recipe.toml"), &recipe).expect("a recipe");
+        fs::write(home.path().join("sweep.toml"), &sweep).expect("a sweep");
+        let output = run(home.path(), &hub.address, &[], arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("none"), "{arguments:?}: {}", stderr(&output));
+        let asked: Vec<String> = hub.asked().into_iter().filter(|path| path.contains("decoder_model_merged")).collect();
+        assert!(asked.len() == 1 && asked[0].ends_with(Q4), "{arguments:?}: {asked:?}");
+    }
+}
+
 #[test]
 fn a_plan_holds_for_the_variant_that_it_was_made_with() {
     let hub = hub_with_q4();

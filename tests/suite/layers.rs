@@ -11,7 +11,8 @@ pub const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["report"],
     &["pipeline"],
-    &["method", "finetune", "eval", "export"],
+    &["method", "finetune", "export"],
+    &["eval"],
     &["data", "runtime", "torch", "graft"],
     &["quantised"],
     &["prompt", "rewrite", "bundle", "checkpoint"],
@@ -308,6 +309,72 @@ fn heavy_dependencies_are_used_only_by_their_owners() {
             }
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Calls of LibTorch that wait until a GPU has computed all that was asked of it before. A copy by `to_device` is one, also
+/// of a number to the GPU.
+const WAITING: &[&str] = &[
+    "to_device(",
+    "host_ints(",
+    "own_ints(",
+    "_value(",
+    "Vec::<",
+    "allclose(",
+    "bincount(",
+    "equal(",
+    "f_index(",
+    "histc(",
+    "is_nonzero(",
+    "item(",
+    "masked_select(",
+    "multinomial(",
+    "f_nonzero(",
+    "f_repeat_interleave(",
+    "repeat_interleave_self_tensor(",
+    "unique",
+    "f_where(",
+];
+
+/// Files that a training pass runs for every operator and every layer, and the waiting calls that each may make.
+const IN_A_PASS: &[(&str, &[(&str, &str)])] = &[
+    ("torch/ops", &[]),
+    ("torch/ops/control.rs", &[("host_ints(", "the condition of a loop, which the account of host reads knows")]),
+    ("torch/ops/elementwise.rs", &[("_value(", "an exponent on the host")]),
+    ("torch/ops/experts.rs", &[("own_ints(", "tokens of each expert; the operator's row says so")]),
+    (
+        "torch/ops/index.rs",
+        &[
+            ("_value(", "indices on the host"),
+            ("host_ints(", "an index on the host"),
+            ("f_nonzero(", "an input that the operator's row names as read on the host"),
+        ],
+    ),
+    ("torch/ops/resize.rs", &[("Vec::<", "an input that the operator's row names as read on the host")]),
+    ("finetune/train/batches.rs", &[]),
+    ("finetune/train/gradient.rs", &[]),
+    ("finetune/loss.rs", &[]),
+];
+
+#[test]
+fn a_training_pass_waits_for_a_gpu_only_where_it_must() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut wrong, mut seen) = (Vec::new(), 0);
+    for (_, path, code) in modules() {
+        let name = path.strip_prefix(&root).expect("below src").to_string_lossy().into_owned();
+        let own = |(place, _): &&(&str, _)| name == *place || name.starts_with(&format!("{place}/"));
+        let Some((_, allowed)) = IN_A_PASS.iter().rev().find(own) else { continue };
+        let code = code.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        // Imports name what is called below.
+        let calls = code.split_once(";\n\n").map_or(code, |(_, rest)| rest);
+        let found: Vec<&str> = WAITING.iter().copied().filter(|call| calls.contains(call)).collect();
+        let expected: Vec<&str> = allowed.iter().map(|(call, _)| *call).collect();
+        if found.iter().any(|call| !expected.contains(call)) || expected.iter().any(|call| !found.contains(call)) {
+            wrong.push(format!("{name}: calls {found:?}, {expected:?} are allowed"));
+        }
+        seen += 1;
+    }
+    assert!(seen > 20, "{seen} files found");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

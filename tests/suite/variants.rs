@@ -11,6 +11,11 @@ use super::cli::{interlace, stderr};
 
 /// The shipped model in a folder, with a decoder `q4` whose logits are those of the other one with the sign changed.
 pub fn model(folder: &Path) {
+    model_with(folder, -1.0);
+}
+
+/// The same with logits that are a multiple of the other one's.
+fn model_with(folder: &Path, factor: f64) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     for entry in fs::read_dir(&source).expect("folder").chain(fs::read_dir(source.join("onnx")).expect("folder")) {
         let path = entry.expect("entry").path();
@@ -23,7 +28,8 @@ pub fn model(folder: &Path) {
     let onnx = folder.join("model/onnx");
     let mut model = onnx::load(&onnx.join("decoder_model_merged.onnx")).expect("graph");
     let head = model.graph.body.initializers.iter_mut().find(|(_, tensor)| tensor.dims == [160, 839]).expect("a head");
-    let numbers: Vec<f32> = head.1.to_f64s().expect("floats").into_iter().map(|number| -number as f32).collect();
+    let numbers: Vec<f32> =
+        head.1.to_f64s().expect("floats").into_iter().map(|number| (factor * number) as f32).collect();
     head.1 = Tensor::from_f32(&[160, 839], &numbers);
     onnx::save(&model, &onnx.join("decoder_model_merged_q4.onnx"), &onnx::Storage::Inline).expect("saved");
 }
@@ -156,4 +162,170 @@ fn verbs_that_write_a_model_write_the_variants_that_are_named_alone() {
     let mut found = files(&here.join("out/onnx"));
     found.retain(|file| file.ends_with(".onnx") || file.contains("decoder"));
     assert_eq!(found, pruned);
+}
+
+/// A JSON file.
+fn read(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).expect("artifact")).expect("JSON")
+}
+
+/// A recipe or a sweep of the model in the folder, with its variant.
+fn settings(kind: &str) -> String {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data");
+    let (train, bench) = (data.join("finetune-small.parquet"), data.join("bench-small.tsv"));
+    let own = match kind {
+        "run" => "plan = { drop_count = 2, strategies = [\"shortgpt\"] }\nbench = { enabled = false }",
+        _ => "drop_ratios = [0.13]\nstrategies = [\"shortgpt\"]\nseeds = [1]\nkeep_models = true",
+    };
+    let recipes = if kind == "run" { "recipe = \"paper\"" } else { "recipes = [\"paper\"]" };
+    format!(
+        r#"
+        model = "model"
+        variant = "decoder=q4"
+        output = "out"
+        {own}
+        [calibration]
+        data = "{train}"
+        samples = 2
+        turns = "separate"
+        [finetune]
+        data = "{train}"
+        samples = 2
+        turns = "separate"
+        {recipes}
+        dense = {{ enabled = false }}
+        [eval]
+        benchmarks = ["{bench}"]
+        settings = {{ limit = 4 }}
+        "#,
+        train = train.display(),
+        bench = bench.display()
+    )
+}
+
+/// `run` and `sweep` read the variants from their file or from the command line, work on nothing else, and write them into every
+/// report. Their folder does not mix steps of different variants.
+#[test]
+fn runs_and_sweeps_work_on_the_variants_that_are_named() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    // With the same answers, of which a part is right.
+    model_with(here, 0.5);
+    let named = serde_json::json!({ "model": "decoder=q4" });
+    let q4 = "decoder_model_merged_q4.onnx";
+    for (verb, table, healed) in [("run", "table.json", "healed-shortgpt"), ("sweep", "sweep.json", "healed-")] {
+        fs::write(here.join("file.toml"), settings(verb)).expect("settings");
+        let out = here.join(format!("out-{verb}"));
+        let own = out.to_str().expect("path");
+        let found = run(here, &["--json", verb, "file.toml", "-o", own, "-q"]);
+        assert_eq!(found["variants"], named, "{verb}");
+        let eval = read(&out.join("eval-bench-small-dense.json"));
+        assert_eq!((&eval["variants"], &eval["model"]["model"]), (&named, &"model (decoder=q4)".into()), "{verb}");
+        for file in [table, "scores.json"] {
+            assert_eq!(read(&out.join(file))["variants"], named, "{verb}: {file}");
+        }
+        let models: Vec<String> = files(&out).into_iter().filter(|name| name.starts_with(healed)).collect();
+        let graphs = files(&out.join(models.first().expect("a healed model")).join("onnx"));
+        let decoders: Vec<&String> = graphs.iter().filter(|name| name.contains("decoder")).collect();
+        assert_eq!(decoders, [q4], "{verb}");
+
+        // A digest of the folder is the same for both variants.
+        let other = interlace(here, &[verb, "file.toml", "-o", own, "--variant", "decoder=fp32"]);
+        assert_eq!(other.status.code(), Some(0), "{}", stderr(&other));
+        assert!(!stderr(&other).contains("score: kept from before"), "{}", stderr(&other));
+        assert_eq!(read(&out.join(table))["variants"]["model"], "decoder=fp32");
+        for (variant, wanted) in [("decoder=int8", q4), ("q5", "`q5` is none of fp32")] {
+            let output = interlace(here, &[verb, "file.toml", "-o", "none", "--variant", variant]);
+            assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+            assert!(stderr(&output).contains(wanted) && !here.join("none").exists(), "{}", stderr(&output));
+        }
+        let page = interlace(here, &["report", own, "-o", "page.html"]);
+        assert_eq!(page.status.code(), Some(0), "{}", stderr(&page));
+        let page = fs::read_to_string(here.join("page.html")).expect("a page");
+        assert!(page.contains("model (decoder=fp32)"), "{verb}");
+    }
+    let rows = read(&here.join("out-run/table.json"))["rows"].clone();
+    let size = |files: &[&str]| -> u64 {
+        files.iter().map(|file| fs::metadata(here.join("model/onnx").join(file)).expect("a file").len()).sum()
+    };
+    let whole =
+        ["decoder_model_merged.onnx", "decoder_model_merged.onnx_data", "embed_tokens.onnx", "vision_encoder.onnx"];
+    assert_eq!(rows[0]["size_bytes"], size(&whole));
+}
+
+/// `tune` searches, makes and measures the variant that is named, and its work folder is of that one alone.
+#[test]
+fn a_tuning_works_on_the_variants_that_are_named() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    model(here);
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/finetune-small.parquet");
+    let data = data.to_str().expect("path");
+    let tune = ["tune", "model", "--data", data, "--turns", "separate", "--samples", "4", "--held-back", "0.5"];
+    let tune = [&tune[..], &["--rounds", "1", "--new-tokens", "2", "--candidates", "1", "--size", "17MB"]].concat();
+    let (named, work) = (["--variant", "decoder=q4"], ["--work", "work"]);
+    let found = run(here, &[&["--json", "-q"][..], &tune, &named, &work, &["-o", "out"]].concat());
+    assert_eq!(found["variants"]["model"], "decoder=q4");
+    for file in ["quality.json", "costs.json", "tune.json", "scores.json"] {
+        assert_eq!(read(&here.join("work").join(file))["variants"]["model"], "decoder=q4", "{file}");
+    }
+    assert_eq!(read(&here.join("out/interlace.json"))["variants"]["model"], "decoder=q4");
+    let graphs = files(&here.join("out/onnx"));
+    let decoders: Vec<&String> = graphs.iter().filter(|name| name.contains("decoder")).collect();
+    assert_eq!(decoders, ["decoder_model_merged_q4.onnx"]);
+
+    let again = interlace(here, &[&tune[..], &work, &["--replan"]].concat());
+    assert_eq!(again.status.code(), Some(2), "{}", stderr(&again));
+    let wanted = "holds measurements with `--variant decoder=q4`, not with no `--variant`";
+    assert!(stderr(&again).contains(wanted), "{}", stderr(&again));
+    assert_eq!(interlace(here, &[&tune[..], &named, &work, &["--replan"]].concat()).status.code(), Some(0));
+    let unknown = interlace(here, &[&tune[..], &["--variant", "decoder=int8", "-o", "none"]].concat());
+    assert_eq!(unknown.status.code(), Some(2), "{}", stderr(&unknown));
+    assert!(stderr(&unknown).contains("decoder_model_merged_q4.onnx"), "{}", stderr(&unknown));
+}
+
+/// Models beside MODEL have a flag of their own, and verbs that change graphs change the named ones.
+#[test]
+fn every_model_of_a_verb_can_be_told_its_variant() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    model(here);
+    let ask =
+        ["--json", "generate", "model", "--prompt", "what is it", "--max-tokens", "3", "-q", "--compare", "model"];
+    let found = run(here, &[&ask[..], &["--compare-variant", "decoder=q4"]].concat());
+    let answers = found["answers"].as_array().expect("answers");
+    assert_eq!((&answers[0]["model"], &answers[1]["model"]), (&"model".into(), &"model (decoder=q4)".into()));
+    assert_ne!(answers[0]["answer"], answers[1]["answer"]);
+
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/finetune-small.parquet");
+    let data = data.to_str().expect("path");
+    let finetune = ["--json", "finetune", "model", "--variant", "decoder=fp32", "--layers", "3", "--data", data];
+    let more =
+        ["--recipe", "best", "--max-steps", "1", "--samples", "2", "--learning-rate", "1e-3", "-q", "-o", "healed"];
+    let teacher = ["--teacher", "model", "--teacher-variant", "decoder=q4"];
+    let report = run(here, &[&finetune[..], &more, &teacher].concat());
+    assert_eq!(report["variants"], serde_json::json!({ "model": "decoder=fp32", "teacher": "decoder=q4" }));
+    assert_eq!(read(&here.join("healed/interlace.json"))["variants"], report["variants"]);
+
+    // Precisions are written of the graphs that are named, and so is a smaller head.
+    let named = ["--variant", "fp32"];
+    let refused = interlace(here, &["export", "model", "--precision", "int4", "-o", "four"]);
+    assert!(stderr(&refused).contains("is there already, in precision `int4`"), "{}", stderr(&refused));
+    let export = ["--json", "export", "model", "--precision", "int4", "--rounding", "nearest", "-q"];
+    let report = run(here, &[&export[..], &named, &["-o", "four"]].concat());
+    assert_eq!(report["variants"]["model"], "fp32");
+    assert!(here.join("four/onnx/decoder_model_merged_q4.onnx").is_file());
+    let report = run(here, &[&export[..], &named, &["--to", "openvino", "-o", "vino"]].concat());
+    assert!(report["models"]["onnx/decoder_model_merged_q4.onnx"].is_object(), "{report}");
+    let cut = ["--json", "export", "model", "--vocabulary", data, "-q"];
+    let refused = interlace(here, &[&cut[..], &["-o", "cut"]].concat());
+    assert!(stderr(&refused).contains("`--variant fp32`"), "{}", stderr(&refused));
+    let report = run(here, &[&cut[..], &named, &["-o", "cut"]].concat());
+    assert_eq!(report["variants"]["model"], "fp32");
+
+    let inputs = here.join("model/onnx/nothing.npz");
+    let inputs = inputs.to_str().expect("path");
+    let output =
+        interlace(here, &["verify", "model/onnx/decoder_model_merged.onnx", "--variant", "q4", "--inputs", inputs]);
+    assert!(stderr(&output).contains("variant `q4`"), "{}", stderr(&output));
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
+use interlace::bundle::ModelSource;
 use interlace::eval::{CheckStatus, VerifyReport, verify, verify_on};
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
@@ -159,7 +160,7 @@ fn any_graph_can_be_checked_on_given_inputs() {
     let given = |arrays: &[(&str, tch::Tensor)]| {
         let path = folder.path().join("inputs.npz");
         tch::Tensor::write_npz(arrays, &path).expect("write");
-        verify_on(&graph, &path, &runtime)
+        verify_on(&ModelSource::new(&graph, None), &path, &runtime)
     };
     let ids = || tch::Tensor::from_slice(&[3i64, 1, 4]).reshape([1, 3]);
     let report = given(&[("input_ids", ids())]).expect("a report");
@@ -175,9 +176,14 @@ fn any_graph_can_be_checked_on_given_inputs() {
         assert!(error.contains(problem), "{error}");
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
-    let error = verify_on(&folder, &graph, &runtime).expect_err("a folder").to_string();
+    let error = verify_on(&ModelSource::new(&folder, None), &graph, &runtime).expect_err("a folder").to_string();
     assert!(error.contains("several graphs"), "{error}");
-    assert!(verify_on(&graph, &graph, &runtime).expect_err("no npz").to_string().contains("not an .npz file"));
+    assert!(
+        verify_on(&ModelSource::new(&graph, None), &graph, &runtime)
+            .expect_err("no npz")
+            .to_string()
+            .contains("not an .npz file")
+    );
 }
 
 /// A product with a 4-bit weight that `DequantizeLinear` unpacks.
@@ -257,7 +263,7 @@ fn integer_products_of_8_bits_are_compared_with_exact_sums() {
     onnx::save(&integer_product(&[127; 64]), &graph, &onnx::Storage::Inline).expect("save");
     let x = tch::Tensor::linspace(0.0, 1.0, 128, tch::kind::FLOAT_CPU).reshape([2, 64]);
     tch::Tensor::write_npz(&[("x", &x)], &inputs).expect("write");
-    let report = verify_on(&graph, &inputs, &runtime).expect("a report");
+    let report = verify_on(&ModelSource::new(&graph, None), &inputs, &runtime).expect("a report");
     assert!(report.passed, "{report:#?}");
     assert_eq!(report.checks[0].tolerance, Some(1e-4), "{report:#?}");
 }
@@ -351,7 +357,7 @@ fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
     onnx::save(&unpacked_product(), &graph, &onnx::Storage::Inline).expect("save");
     let x = tch::Tensor::arange(128, tch::kind::FLOAT_CPU).sin().reshape([2, 64]);
     tch::Tensor::write_npz(&[("x", &x)], &inputs).expect("write");
-    let report = verify_on(&graph, &inputs, &runtime).expect("a report");
+    let report = verify_on(&ModelSource::new(&graph, None), &inputs, &runtime).expect("a report");
     assert!(report.passed && report.checks[0].difference <= Some(1e-4), "{report:#?}");
 
     // The result of the check if ONNX Runtime used its default precision.

@@ -8,7 +8,9 @@ use crate::base::{Error, Result};
 use crate::bundle::{Bundle, ModelConfig, token_ids};
 use crate::runtime::Input;
 
-use super::graphs::{GenaiFigures, IMAGE_FEATURES, INPUTS_EMBEDS, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE};
+use super::graphs::{
+    ELSEWHERE, GenaiFigures, IMAGE_FEATURES, INPUTS_EMBEDS, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE,
+};
 
 /// Text models that GenAI knows by name; others are a `decoder`.
 const TEXT: &[&str] = &[
@@ -63,7 +65,7 @@ pub(super) fn type_of(config: &ModelConfig, figures: &GenaiFigures, has_pictures
         let known = THREE_ROWS.iter().find(|(name, _)| has_pictures && *name == own);
         return known.map(|(_, kind)| *kind).ok_or_else(|| {
             let problem = format!("has positions in three rows, which ONNX Runtime GenAI does not compute for `{own}`");
-            Error::unsupported("the decoder", problem).remedy("serve the model from ONNX Runtime or Triton")
+            Error::unsupported("the decoder", problem).remedy(ELSEWHERE)
         });
     }
     Ok(match has_pictures {
@@ -86,7 +88,7 @@ pub(super) fn text(
     let context = config.require("max_position_embeddings", config.context_tokens)?;
     if config.eos_token_ids.is_empty() {
         return Err(Error::invalid(format!("`{}`", config.source), "names no end token, so no answer would end")
-            .remedy("add `eos_token_id`"));
+            .remedy("add `eos_token_id` with the id of the token that ends an answer, or a list of ids"));
     }
     let end = match &config.eos_token_ids[..] {
         [one] => json!(one),

@@ -9,7 +9,9 @@ use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
 use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{Input, InputKind, Port};
 
-use super::super::nodes::{cast, graph_input, inputs_of, ints, only_output, scalar, symbol, tensor, with_rows_at};
+use super::super::nodes::{
+    cast, graph_input, inputs_of, ints, no_logits, only_output, scalar, symbol, tensor, undeclared, with_rows_at,
+};
 
 /// Names of the decoder's cache inputs and outputs; `%d` is the number of the layer.
 pub(super) const PAST_KEY: &str = "past_key_values.%d.key";
@@ -39,9 +41,24 @@ pub(super) struct GenaiFigures {
     pub grouped_query: bool,
 }
 
+/// What to do with a model that GenAI does not run.
+pub(super) const ELSEWHERE: &str = "export it with `--to generate` or `--to triton`, whose graphs compute it, or with `--to openvino` for a \
+     program of your own";
+
+/// The error of an input that GenAI does not feed, or not so.
 fn unfed(port: &Port, problem: &str) -> Error {
-    Error::unsupported(format!("input {}", port.described()), problem)
-        .remedy("serve the model from ONNX Runtime or Triton, which feed any input")
+    Error::unsupported(format!("input {}", port.described()), problem).remedy(ELSEWHERE)
+}
+
+/// What an input holds that GenAI does not feed.
+fn held_by(kind: InputKind) -> &'static str {
+    match kind {
+        InputKind::TokenTypes => "holds token types",
+        InputKind::PerLayerInputs => "holds embeddings for each layer",
+        InputKind::Deepstack => "holds DeepStack features",
+        InputKind::ImageMask => "marks the image tokens",
+        _ => "is no input that every decoder has",
+    }
 }
 
 /// The decoder with caches named by layer, and its figures.
@@ -71,7 +88,13 @@ pub(super) fn decoder(model: &Model, head_dim: Option<usize>) -> Result<(Model, 
                 body.initializers.push((id, Tensor::from_bytes(input.port.dtype, &dims, bytes)));
                 continue;
             }
-            _ => return Err(unfed(&input.port, "is not fed by ONNX Runtime GenAI")),
+            kind => {
+                let problem = format!(
+                    "{}, and ONNX Runtime GenAI feeds a decoder embeddings or token ids, mask, positions and caches alone",
+                    held_by(kind)
+                );
+                return Err(unfed(&input.port, &problem));
+            }
         }
         figures.inputs.push(input.port.name.clone());
     }
@@ -83,9 +106,8 @@ pub(super) fn decoder(model: &Model, head_dim: Option<usize>) -> Result<(Model, 
     }
     name_caches(&mut written, model, head_dim, &mut figures)?;
     let outputs = &written.graph.body.outputs;
-    let logits = outputs.iter().find(|id| written.graph.name(**id) == "logits").ok_or_else(|| {
-        Error::unsupported("the decoder", "has no output `logits`").remedy("name its output of logits `logits`")
-    })?;
+    let logits =
+        outputs.iter().find(|id| written.graph.name(**id) == "logits").ok_or_else(|| no_logits(&written.graph))?;
     figures.vocabulary = Port::of_value(&written.graph, *logits).and_then(|port| port.width());
     crate::ir::check(&written)?;
     Ok((written, figures))
@@ -107,7 +129,7 @@ fn name_caches(written: &mut Model, model: &Model, head_dim: Option<usize>, figu
             let found: Vec<String> = layer.ports.iter().map(|port| port.role.label()).collect();
             let found = if found.is_empty() { "nothing".to_string() } else { found.join(", ") };
             let problem = format!("caches {found}; ONNX Runtime GenAI keeps keys and values of every layer");
-            return Err(Error::unsupported(subject(), problem).remedy("serve the model from ONNX Runtime or Triton"));
+            return Err(Error::unsupported(subject(), problem).remedy(ELSEWHERE));
         };
         for (past, present, [past_name, present_name]) in
             [(key.0, key.1, [PAST_KEY, PRESENT_KEY]), (value.0, value.1, [PAST_VALUE, PRESENT_VALUE])]
@@ -118,9 +140,7 @@ fn name_caches(written: &mut Model, model: &Model, head_dim: Option<usize>, figu
                     "caches {} heads of {}, other layers {} of {}; ONNX Runtime GenAI has one size for all",
                     heads.0, heads.1, figures.heads.0, figures.heads.1
                 );
-                return Err(
-                    Error::unsupported(subject(), problem).remedy("serve the model from ONNX Runtime or Triton")
-                );
+                return Err(Error::unsupported(subject(), problem).remedy(ELSEWHERE));
             }
             figures.heads = heads;
             names.insert(past, past_name.replace("%d", &number.to_string()));
@@ -138,9 +158,8 @@ fn name_caches(written: &mut Model, model: &Model, head_dim: Option<usize>, figu
 
 /// Heads and head size of a cache `[B, heads, past, size]`.
 fn heads(model: &Model, past: ValueId, head_dim: Option<usize>) -> Result<(usize, usize)> {
-    let port = Port::of_value(&model.graph, past).ok_or_else(|| {
-        Error::unsupported(format!("input `{}`", model.graph.name(past)), "declares no type and rank")
-    })?;
+    let port = Port::of_value(&model.graph, past)
+        .ok_or_else(|| undeclared(format!("input `{}` of the decoder", model.graph.name(past))))?;
     match (port.rank(), port.fixed_size(1), port.fixed_size(3).or(head_dim)) {
         (4, Some(heads), Some(size)) => Ok((heads, size)),
         _ => Err(unfed(

@@ -7,7 +7,7 @@ use crate::ir::{DataType, Model, ValueId};
 use crate::rewrite::{JoinScope, Joined, JoinedPart};
 use crate::runtime::{InputKind, Port, output_kind};
 
-use super::super::nodes::{cast, inputs_of};
+use super::super::nodes::{cast, inputs_of, undeclared};
 
 /// The outputs of a token embedding, each with its place in the graph's signature.
 pub(in crate::export) struct EmbeddingPorts {
@@ -36,9 +36,8 @@ impl EmbeddingPorts {
         let graph = &model.graph;
         let (mut main, mut per_layer) = (Vec::new(), None);
         for (place, &id) in graph.body.outputs.iter().enumerate() {
-            let port = Port::of_value(graph, id).ok_or_else(|| {
-                Error::unsupported(format!("output `{}`", graph.name(id)), "declares no type and rank")
-            })?;
+            let port = Port::of_value(graph, id)
+                .ok_or_else(|| undeclared(format!("output `{}` of the token embedding", graph.name(id))))?;
             match output_kind(&port) {
                 Some((InputKind::PerLayerInputs, _)) => per_layer = Some((place, port)),
                 _ => main.push((place, port)),

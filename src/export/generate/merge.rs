@@ -5,7 +5,7 @@ use crate::ir::{AttributeKind, Body, DataType, Model, Tensor, ValueId};
 use crate::rewrite::JoinScope;
 use crate::runtime::{Input, InputKind, Port, output_kind};
 
-use super::super::nodes::{any, cast, ints, refused, scalar, with_rows_at};
+use super::super::nodes::{any, cast, ints, refused, scalar, undeclared, with_rows_at};
 use super::ports::DecoderPorts;
 
 /// The embeddings of a prompt.
@@ -42,9 +42,8 @@ impl VisionPorts {
         let graph = &model.graph;
         let (mut main, mut levels) = (Vec::new(), Vec::new());
         for (place, &id) in graph.body.outputs.iter().enumerate() {
-            let port = Port::of_value(graph, id).ok_or_else(|| {
-                Error::unsupported(format!("output `{}`", graph.name(id)), "declares no type and rank")
-            })?;
+            let port = Port::of_value(graph, id)
+                .ok_or_else(|| undeclared(format!("output `{}` of the vision encoder", graph.name(id))))?;
             match output_kind(&port) {
                 Some((InputKind::Deepstack, number)) => levels.push((place, number, port)),
                 _ => main.push((place, port)),

@@ -21,7 +21,7 @@ pub(super) mod sides;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Error, Result};
+use crate::base::Result;
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx;
@@ -29,6 +29,7 @@ use crate::rewrite::raise_opset;
 use crate::runtime::{TokenTypes, headed};
 
 use super::components::{chosen, convert, copy, create, decoder_of, size_of};
+use super::nodes::same_name;
 use super::record::{ExportSettings, ExportedModel, Written};
 use graph::{Graphs, TokenIds, generation_graph};
 
@@ -122,9 +123,8 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     for ((name, model), source) in written.iter().zip(sources) {
         let own = data.iter().map(String::as_str).filter(|_| *name == GENERATE_FILE);
         let size_bytes = size_of(&folder, own.chain([*name]))?;
-        if models.insert(format!("onnx/{name}"), ExportedModel::new(source, model, size_bytes)).is_some() {
-            return Err(Error::invalid(format!("`onnx/{name}`"), "names two components")
-                .remedy("give the components different file names"));
+        if let Some(other) = models.insert(format!("onnx/{name}"), ExportedModel::new(source, model, size_bytes)) {
+            return Err(same_name(&format!("onnx/{name}"), &other.source, &source.file));
         }
     }
     let mut files = BTreeMap::new();

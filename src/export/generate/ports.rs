@@ -7,7 +7,7 @@ use crate::base::{Error, Result};
 use crate::ir::{DataType, Model, ValueId};
 use crate::runtime::{Input, InputKind, Port};
 
-use super::super::nodes::{inputs_of, refused};
+use super::super::nodes::{inputs_of, no_logits, refused};
 
 /// The decoder's inputs and outputs.
 pub(in crate::export) struct DecoderPorts {
@@ -55,7 +55,11 @@ impl DecoderPorts {
                     let present = present.ok_or_else(|| refused(&input.port, "has no output that continues it"))?;
                     caches.push((id, input.port, present));
                 }
-                _ => return Err(refused(&input.port, "is not computed inside a loop")),
+                _ => {
+                    let problem = "is not computed inside a loop, which feeds embeddings or token ids, mask, positions, caches, DeepStack \
+                                   features with their mask, token types and per-layer inputs";
+                    return Err(refused(&input.port, problem));
+                }
             }
         }
         let of = |kind: InputKind| inputs.iter().map(|(_, input)| input).find(|input| input.kind() == kind);
@@ -68,9 +72,7 @@ impl DecoderPorts {
             return Err(Error::unsupported("the decoder", "has no cache inputs, so a loop cannot continue a prompt")
                 .remedy("export the decoder with its cache"));
         }
-        let logits = place("logits").ok_or_else(|| {
-            Error::unsupported("the decoder", "has no output `logits`").remedy("name its output of logits `logits`")
-        })?;
+        let logits = place("logits").ok_or_else(|| no_logits(graph))?;
         let logits_type = Port::of_value(graph, graph.body.outputs[logits]).map_or(DataType::Float, |port| port.dtype);
         Ok(DecoderPorts { inputs, caches, logits, logits_type })
     }
@@ -97,7 +99,7 @@ impl DecoderPorts {
         let Some(port) = self.reads(InputKind::InputsEmbeds) else { return Ok(0) };
         match (port.width(), width) {
             (Some(taken), Some(given)) if given == 0 || taken % given != 0 || taken < given => {
-                Err(refused(port, &format!("is fed embeddings of width {given}")))
+                Err(refused(port, &format!("has a width of {taken}, no multiple of that of the embeddings, {given}")))
             }
             (Some(taken), Some(given)) => Ok(taken / given - 1),
             _ => Ok(0),

@@ -34,7 +34,10 @@ impl Pictures {
         let (mut bound, mut grids) = (HashMap::new(), None);
         for (id, input) in inputs_of("vision_encoder", model)? {
             let InputKind::Image(array) = input.kind() else {
-                return Err(refused(&input.port, "is no array of pictures"));
+                return Err(refused(
+                    &input.port,
+                    "is no array of pictures: no pixels, masks, grids, sizes or positions of patches",
+                ));
             };
             let value = graph_input(scope.joined, &input.port.name, input.port.dtype, &input.port.shape);
             if array == IMAGE_GRID_THW {

@@ -225,7 +225,8 @@ fn kl_divergence(exact: &[f32], found: &[f32]) -> Result<f64> {
 fn log_softmax(logits: &[f32]) -> Result<Vec<f64>> {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if !most.is_finite() || logits.iter().any(|value| value.is_nan()) {
-        return Err(Error::invalid("logits", "contain a value that is not a number"));
+        return Err(Error::invalid("logits", "contain a value that is not a number")
+            .remedy("run `eval` on the float model and on the variant: one of them computes it"));
     }
     let shifted = || logits.iter().map(|&value| f64::from(value) - f64::from(most));
     let total = shifted().map(f64::exp).sum::<f64>().ln();

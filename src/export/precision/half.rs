@@ -7,13 +7,12 @@ use half::f16;
 
 use crate::base::{Error, Result};
 use crate::checkpoint::floats;
-use crate::ir::{AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId, ValueType};
+use crate::ir::{AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId, ValueType, element_types};
 use crate::rewrite::TYPE_ATTRIBUTES;
 
 use super::finite::require_finite;
 use super::kept::{KeptNode, kept_nodes};
 use super::report::{KeptOperators, QuantisedTensor, relative_error};
-use super::types::element_types;
 use super::weights::{FloatConstants, Weights};
 use super::{Done, Work};
 

@@ -11,7 +11,6 @@ mod int8;
 mod kept;
 mod report;
 mod sensitivity;
-mod types;
 mod weights;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -20,7 +19,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Progress, Provenance, Result, ScratchDir, Sha256Digest, StagedDir, folder_of};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, ScratchDir, Sha256Digest, StagedDir, folder_of};
 use crate::bundle::{Bundle, BundleWriter, Component, RecordedStep};
 use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
@@ -238,8 +237,9 @@ pub fn export_variants(
     target: &ExportTarget,
     settings: &ExportSettings,
     output: &Path,
+    cancel: &Cancel,
 ) -> Result<Export> {
-    if !target.writes_variants && !target.reads("--variant") {
+    if !target.writes_graphs() {
         return Err(Error::invalid("`--precision`", format!("is not read by the target `{}`", target.name))
             .remedy("leave it out: the target writes the weights of a checkpoint in its own types"));
     }
@@ -260,7 +260,7 @@ pub fn export_variants(
     let name = bundle.name();
     let folder = scratch.path().join(name.rsplit('/').next().unwrap_or(&name));
     let report = write_variants(bundle, request, &folder)?;
-    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report)
+    super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report, cancel)
 }
 
 /// Writes a copy of a model folder that has the model in these precisions too, each file under its name with a suffix. In layouts
@@ -330,7 +330,9 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         budget.size_bytes = written.iter().filter(|part| part.precision == MIXED).map(|part| part.bytes_after).sum();
     }
     let report = PrecisionReport {
-        provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?,
+        provenance: Provenance::new(PRECISION_SCHEMA_VERSION, inputs.clone(), &recorded)?
+            .with_variants("model", bundle.chosen_variants())
+            .with_hub("model", bundle.hub_name()),
         components: written,
         sensitivity,
     };

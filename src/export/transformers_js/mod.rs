@@ -18,13 +18,14 @@ mod webgpu;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Error, Result, sha256_file};
+use crate::base::{Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::WEBGPU_BUFFER_BYTES;
 use crate::onnx;
 use crate::rewrite::narrow_positions;
 
 use super::components::{chosen, convert, copy, create, is_carried, size_of, storage, write as write_text};
+use super::nodes::same_name;
 use super::packing::Packing;
 use super::record::{ExportSettings, ExportedModel, Written};
 
@@ -69,7 +70,7 @@ fn write_for(bundle: &Bundle, settings: &ExportSettings, root: &Path, device: De
     let packing = packing_of(bundle, &components)?;
     let folder = root.join("onnx");
     create(&folder)?;
-    let mut models = BTreeMap::new();
+    let mut models: BTreeMap<String, ExportedModel> = BTreeMap::new();
     let mut chunks = BTreeMap::new();
     let mut notes = Vec::new();
     for component in components {
@@ -79,9 +80,8 @@ fn write_for(bundle: &Bundle, settings: &ExportSettings, root: &Path, device: De
             _ => String::new(),
         };
         let file = format!("{}{suffix}.onnx", rules::stem_of(kind, component)?);
-        if models.contains_key(&file) {
-            return Err(Error::invalid(format!("`onnx/{file}`"), "names two components")
-                .remedy("export a folder with one of them"));
+        if let Some(other) = models.get(&file) {
+            return Err(same_name(&format!("onnx/{file}"), &other.source, &component.file));
         }
         let mut model = onnx::load(&bundle.path_of(component))?;
         if let Some(packing) = &packing {

@@ -140,8 +140,12 @@ pub(super) fn class_of(bundle: &Bundle) -> Result<ModelClass> {
     if TEXT.contains(&model_type) {
         return Ok(ModelClass::Text);
     }
-    Err(Error::unsupported(subject, format!("transformers.js 4.3 has no class for the model type `{model_type}`"))
-        .remedy("serve it from ONNX Runtime or Triton"))
+    let problem = format!(
+        "is of the model type `{model_type}`, for which transformers.js 4.3 has no class; of pictures and text it has {}",
+        IMAGE_TEXT.join(", ")
+    );
+    Err(Error::unsupported(subject, problem)
+        .remedy("export it with `--to generate`, `--to triton` or, for ONNX Runtime GenAI, `--to genai`"))
 }
 
 /// The file stem (no variant, no extension) under which transformers.js looks for a component.
@@ -194,21 +198,24 @@ pub(super) fn check_ports(
     if component.role == Role::Decoder {
         let fed = |name: &str| DECODER_INPUTS.contains(&name) || CACHES.iter().any(|cache| name.starts_with(cache));
         if let Some(name) = inputs.iter().find(|name| !fed(name)) {
-            let problem = format!("reads `{name}`, which transformers.js never feeds");
-            let remedy = match name.contains("deepstack") || name.contains("visual_pos") {
-                true => {
-                    "export the model with its DeepStack features packed into `inputs_embeds`, or serve it elsewhere"
-                }
-                false => "export the model without this input, or serve it elsewhere",
+            let problem = format!(
+                "reads `{name}`, which transformers.js never feeds: it feeds {} and caches",
+                DECODER_INPUTS.join(", ")
+            );
+            let instead = match name.contains("deepstack") || name.contains("visual_pos") {
+                true => "export the model with its DeepStack features packed into `inputs_embeds`",
+                false => "export the model without this input",
             };
-            return Err(Error::unsupported(subject(), problem).remedy(remedy));
+            let elsewhere = "or serve it with `--to generate` or `--to triton`, whose graphs compute it";
+            return Err(Error::unsupported(subject(), problem).remedy(format!("{instead}, {elsewhere}")));
         }
     }
     // The processors there make one view of a picture and no sizes.
     if component.role == Role::VisionEncoder && inputs.iter().any(|name| name == IMAGE_SIZES) {
         let problem = format!("reads `{IMAGE_SIZES}`, which transformers.js never feeds");
-        return Err(Error::unsupported(subject(), problem)
-            .remedy("export the vision encoder for one view of a picture of one size, or serve it elsewhere"));
+        return Err(Error::unsupported(subject(), problem).remedy(
+            "export the vision encoder for one view of a picture of one size, or use `--to generate` or `--to triton`",
+        ));
     }
     if matches!(component.role, Role::EmbedTokens) && inputs != ["input_ids"] {
         let list: Vec<&str> = inputs.iter().map(String::as_str).collect();

@@ -27,7 +27,7 @@ mod schema;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Error, Result, sha256_file};
+use crate::base::{Result, sha256_file};
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx::{self, Storage};
@@ -35,6 +35,7 @@ use crate::onnx::{self, Storage};
 use super::components::{chosen, convert, copy, create, size_of, write as write_text};
 use super::generate::graph::generation_graph;
 use super::generate::{LoadedGraphs, token_ids};
+use super::nodes::same_name;
 use super::record::{ExportSettings, ExportedModel, Written};
 use schema::ModelConfig;
 use whole::{GENERATE, MERGE, STREAM_FILE, STREAM_TEXT, Served};
@@ -97,9 +98,8 @@ struct Repository<'a> {
 impl Repository<'_> {
     /// Writes a graph as a model of the ONNX Runtime back end.
     fn add(&mut self, name: String, component: &Component, mut model: Model, inline: bool) -> Result<Served> {
-        if self.models.contains_key(&name) {
-            return Err(Error::invalid(format!("model `{name}`"), "names two components")
-                .remedy("export a folder with one of them"));
+        if let Some(other) = self.models.get(&name) {
+            return Err(same_name(&name, &other.source, &component.file));
         }
         convert(&name, &mut model, self.settings)?;
         let reshaped = scalars::with_an_axis(&mut model)?;

@@ -96,10 +96,15 @@ fn sequence() -> [Dim; 2] {
 pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Merge> {
     let decoder = DecoderPorts::of_decoder(graphs.decoder)?;
     let (Some(embedding), Some(vision)) = (graphs.embedding, graphs.vision) else {
-        return Err(Error::unsupported("the model", "has no separate token embedding and vision encoder"));
+        return Err(Error::unsupported("the model", "has no separate token embedding and vision encoder")
+            .remedy("export it with `embed_tokens.onnx` and `vision_encoder.onnx`"));
     };
     if decoder.reads(InputKind::InputIds).is_some() {
-        return Err(Error::unsupported("the decoder", "embeds token ids itself"));
+        return Err(Error::unsupported(
+            "the decoder",
+            "embeds token ids itself, so features of pictures cannot be added",
+        )
+        .remedy("export the decoder with `inputs_embeds` and the embedding as a graph of its own"));
     }
     let own = EmbeddingPorts::of(embedding)?;
     let pictures = VisionPorts::of(vision)?;
@@ -144,7 +149,8 @@ pub(super) fn merge_embeddings(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Resul
     for (output, port) in outputs {
         if graph.name(output) != port.name {
             let problem = format!("has the name of another value, `{}`", port.name);
-            return Err(Error::unsupported(format!("input {} of the decoder", port.described()), problem));
+            return Err(Error::unsupported(format!("input {} of the decoder", port.described()), problem)
+                .remedy("give it another name in the exporter"));
         }
         graph.values[output.index()].ty = Some(tensor(port.dtype, &port.shape));
         graph.body.outputs.push(output);

@@ -142,7 +142,10 @@ pub(super) fn stream(
     let ports = DecoderPorts::of_decoder(graphs.decoder)?;
     numpy(ports.logits_type)?;
     let own = graphs.embedding.map(EmbeddingPorts::of).transpose()?;
-    let own = own.ok_or_else(|| Error::unsupported("the model", "has no separate token embedding"))?;
+    let own = own.ok_or_else(|| {
+        Error::unsupported("the model", "has no token embedding as a graph of its own")
+            .remedy("add it to the model's folder as `embed_tokens.onnx`")
+    })?;
     let width = own.main.1.width();
     let mut inputs = Vec::new();
     for (_, input) in &ports.inputs {

@@ -11,7 +11,7 @@ use crate::runtime::{Embedded, SideValues, Step};
 use super::connector_rows::{ConnectorBatch, ConnectorRows};
 use super::example::{Example, running_sum};
 use super::feeds::{Feed, Feeds};
-use super::rows::RowsFile;
+use super::rows::{RowDtype, RowsFile};
 use crate::finetune::cut::{ConnectorInput, SideWidths};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
@@ -35,7 +35,7 @@ pub struct TrainingSet {
     side: Option<(SideWidths, RowsFile)>,
     /// Features that the connector in training reads.
     connector: Option<ConnectorRows>,
-    pub targets: Targets,
+    targets: Targets,
 }
 
 /// Residual stream before one layer.
@@ -75,7 +75,7 @@ pub struct StreamTarget {
 /// without padding.
 #[derive(Debug)]
 pub struct TrainingBatch {
-    /// f32 `[B, T, D]`, 0 at padding.
+    /// f32 or bf16 `[B, T, D]` as the rows are stored, 0 at padding. Passes begin with `Student::entering` of it.
     pub hidden: Tensor,
     /// Inputs of the graph besides the stream: masks, positions and side values.
     pub inputs: Vec<(ValueId, Feed)>,
@@ -122,6 +122,18 @@ impl TrainingSet {
             connector: None,
             targets: Targets::default(),
         }
+    }
+
+    /// Sets the dense model's outputs for all samples, which are in the order of the examples.
+    pub fn set_targets(&mut self, targets: Targets) {
+        self.starts = running_sum(self.examples.iter().map(|example| example.length));
+        self.answer_starts = running_sum(self.examples.iter().map(|example| example.answers));
+        self.targets = targets;
+    }
+
+    /// Type of the stored stream's numbers; `None` when rows are computed on demand.
+    pub fn stream_element(&self) -> Option<RowDtype> {
+        self.stream.as_ref().map(|stream| stream.rows.element())
     }
 
     /// True when the rows of these samples are available for batches.
@@ -200,12 +212,19 @@ impl TrainingSet {
             let place = |sample: &usize| window.places.get(sample).copied();
             let places: Option<Vec<usize>> = samples.iter().map(place).collect();
             let places = places.ok_or_else(|| Error::invalid("a batch", "has a sample whose rows are not at hand"))?;
-            return window.set.batch_with(&places, feeds, wanted, answers);
+            let mut batch = window.set.batch_with(&places, feeds, wanted.clone(), answers)?;
+            // The dense model's outputs for all samples are on disk where the other rows alone are computed.
+            batch.streams.extend(self.streams(samples, wanted.as_ref())?);
+            if answers && batch.top_k.is_none() {
+                batch.top_k = self.top_k(samples)?;
+            }
+            return Ok(batch);
         }
         let stream = self.stream.as_ref().ok_or_else(|| Error::invalid("a batch", "has no rows at hand"))?;
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
         let (rows, width) = (samples.len(), stream.rows.width());
-        let stride = time * width * 4;
+        let element = stream.rows.element();
+        let stride = time * width * element.size();
         let mut hidden = Vec::with_capacity(rows * stride);
         let mut answer_rows = Vec::new();
         let mut targets = Vec::new();
@@ -229,7 +248,7 @@ impl TrainingSet {
         let make = move || -> Result<TrainingBatch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             Ok(TrainingBatch {
-                hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?,
+                hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], element.kind())?,
                 inputs,
                 answer_rows: Tensor::f_from_slice(&answer_rows)?,
                 answer_tokens: targets.len() as u64,
@@ -372,7 +391,7 @@ fn matrix(bytes: &[u8], rows: &RowsFile) -> Result<Tensor, tch::TchError> {
 mod tests {
     use super::*;
     use crate::finetune::cut::SideInputs;
-    use crate::finetune::data::rows::{RowDtype, RowsWriter};
+    use crate::finetune::data::rows::RowsWriter;
     use crate::runtime::Input;
 
     fn training_set(folder: &std::path::Path) -> TrainingSet {

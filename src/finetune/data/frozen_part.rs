@@ -17,7 +17,7 @@ use super::rows::{RowDtype, RowsFile, RowsWriter};
 use super::source::{Source, TrainingSample};
 use crate::finetune::cut::{SideInputs, SideWidths};
 
-const SCHEMA_VERSION: u32 = 2;
+const SCHEMA_VERSION: u32 = 3;
 /// Limit on the samples whose pictures are in memory and go through the vision encoder together.
 const SAMPLES_AHEAD: usize = 32;
 /// Limit on the embeddings of a round in bytes; each stored stream of the round is as large. A larger round has more
@@ -32,6 +32,8 @@ const BYTES_PER_TOKEN: usize = 2 << 10;
 struct Index {
     schema_version: u32,
     width: usize,
+    /// Type of the residual stream's numbers.
+    stream: RowDtype,
     /// Widths of the side values; None when there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     side: Option<SideWidths>,
@@ -49,15 +51,16 @@ pub struct RowStore {
     side_rows: PathBuf,
     feature_rows: PathBuf,
     side: SideInputs,
+    stream: RowDtype,
 }
 
 impl RowStore {
     /// A store in `folder`. `key` is the digest of everything that affects the rows; `side` are the side inputs whose
-    /// values are stored with them.
-    pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs) -> Self {
+    /// values are stored with them; `stream` is the type in which the residual stream is stored.
+    pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs, stream: RowDtype) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
-        let (index, rows) = (name("json"), name("f32"));
-        RowStore { index, rows, side_rows: name("side.f32"), feature_rows: name("features.f32"), side }
+        let (index, rows) = (name("json"), name(stream.extension()));
+        RowStore { index, rows, side_rows: name("side.f32"), feature_rows: name("features.f32"), side, stream }
     }
 
     /// The rows of an earlier run; None unless that run completed them.
@@ -67,9 +70,9 @@ impl RowStore {
         if !self.index.exists() {
             return Ok(None);
         }
-        let Index { width, side, features, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
+        let Index { width, stream, side, features, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
         let tokens = total_tokens(&examples);
-        let rows = RowsFile::open(&self.rows, tokens, width, RowDtype::F32)?;
+        let rows = RowsFile::open(&self.rows, tokens, width, stream)?;
         let side = match side {
             Some(side) => Some((side, RowsFile::open(&self.side_rows, tokens, side.total(), RowDtype::F32)?)),
             None => None,
@@ -114,7 +117,7 @@ impl RowStore {
     ///
     /// Errors: `Error::Io`.
     pub fn begin(&self) -> Result<Filling<'_>> {
-        let writer = RowsWriter::create(&self.rows, RowDtype::F32)?;
+        let writer = RowsWriter::create(&self.rows, self.stream)?;
         let side =
             (self.side.widths.total() > 0).then(|| RowsWriter::create(&self.side_rows, RowDtype::F32)).transpose()?;
         Ok(Filling { store: self, writer, side, features: None, examples: Vec::new() })
@@ -183,6 +186,7 @@ impl Filling<'_> {
         let index = Index {
             schema_version,
             width,
+            stream: store.stream,
             side: widths,
             features: features_width,
             left_out: left_out.clone(),
@@ -200,7 +204,7 @@ pub struct Ready {
     pub embedded: Embedded,
 }
 
-/// A model that is loaded on first use and remains loaded.
+/// A model that is loaded on first use and remains loaded until it is released.
 pub struct LazySession<'a> {
     model: Option<VlmSession>,
     open: Box<dyn Fn() -> Result<VlmSession> + Send + 'a>,
@@ -210,6 +214,11 @@ impl<'a> LazySession<'a> {
     /// A slot for the model that `open` loads.
     pub fn new(open: impl Fn() -> Result<VlmSession> + Send + 'a) -> Self {
         LazySession { model: None, open: Box::new(open) }
+    }
+
+    /// Frees the model; the next use loads it again.
+    pub fn release(&mut self) {
+        self.model = None;
     }
 
     fn get(&mut self) -> Result<&mut VlmSession> {

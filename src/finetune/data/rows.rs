@@ -5,20 +5,34 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
+use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::base::{AtomicFile, Error, Result};
+use crate::finetune::settings::Precision;
 
 /// Element type of stored numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum RowDtype {
     F32,
-    /// Half the size, about three significant digits. For targets, which are only compared with.
+    /// Half the size, about three significant digits. For targets, which are only compared with, and for the stream that
+    /// passes in bf16 begin with.
     Bf16,
 }
 
 impl RowDtype {
-    fn size(self) -> usize {
+    /// The type in which passes of this precision read the residual stream. They round it to that type where they begin,
+    /// so rows of that type give the same numbers as rows in f32.
+    pub fn of_stream(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => RowDtype::F32,
+            Precision::Bf16 => RowDtype::Bf16,
+        }
+    }
+
+    /// Bytes of a number.
+    pub fn size(self) -> usize {
         match self {
             RowDtype::F32 => 4,
             RowDtype::Bf16 => 2,

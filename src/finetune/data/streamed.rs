@@ -10,6 +10,7 @@ use crate::finetune::plan::WINDOW_BYTES;
 
 use super::batch::TrainingSet;
 use super::frozen_part::{LazySession, RowStore};
+use super::rows::RowDtype;
 use super::source::Source;
 use super::teacher::{Chosen, Frozen, Running, TeacherTargets};
 
@@ -25,12 +26,16 @@ pub trait Loads: Sync {
 
     /// Limit on the tokens that are computed together. A step with more tokens is computed whole.
     fn tokens(&self) -> usize;
+
+    /// Frees the models until rows are computed again.
+    fn release(&self);
 }
 
 /// Computes the frozen layers' output and the dense model's targets for some samples at a time.
 pub struct Streamed<'a> {
     source: &'a dyn Source,
     side: SideInputs,
+    stream: RowDtype,
     /// The dense model, and the frozen layers' output when the dense model computes it too.
     targets: Option<(&'a TeacherTargets<'a>, Option<Frozen>)>,
     embeds_only: bool,
@@ -52,11 +57,13 @@ pub struct StreamedParts<'a> {
     pub source: &'a dyn Source,
     /// Side inputs of the suffix.
     pub side: SideInputs,
+    /// Type of the rows of the residual stream before the first trained layer.
+    pub stream: RowDtype,
     /// The frozen layers.
     pub prefix: LazySession<'a>,
     /// True when the embeddings are the residual stream before the first trained layer.
     pub embeds_only: bool,
-    /// The dense model, when a loss term reads its outputs.
+    /// The dense model, when a loss term reads outputs of it that are not on disk.
     pub targets: Option<&'a TeacherTargets<'a>>,
     /// The stream before the first trained layer as a value of the dense model, when the dense model computes it.
     pub frozen: Option<Frozen>,
@@ -71,13 +78,14 @@ pub struct StreamedParts<'a> {
 impl<'a> Streamed<'a> {
     /// Loads no model yet.
     pub fn new(parts: StreamedParts<'a>) -> Self {
-        let StreamedParts { source, side, prefix, embeds_only, targets, frozen, max_tokens, work, cancel, .. } = parts;
+        let StreamedParts { source, side, stream, prefix, embeds_only, targets, frozen, .. } = parts;
         let targets = targets.filter(|targets| !targets.files().is_empty()).map(|targets| (targets, frozen));
         let dense = targets.map(|(targets, frozen)| targets.running(frozen));
         let tokens = (WINDOW_BYTES / parts.bytes_per_token.max(1)).max(1) as usize;
         let models = Mutex::new(Models { prefix, dense });
-        let folder = work.join(WINDOW_FOLDER);
-        Streamed { source, side, targets, embeds_only, max_tokens, folder, cancel, models, tokens }
+        let folder = parts.work.join(WINDOW_FOLDER);
+        let (max_tokens, cancel) = (parts.max_tokens, parts.cancel);
+        Streamed { source, side, stream, targets, embeds_only, max_tokens, folder, cancel, models, tokens }
     }
 }
 
@@ -86,12 +94,19 @@ impl Loads for Streamed<'_> {
         self.tokens
     }
 
+    fn release(&self) {
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        models.prefix.release();
+        models.dense.iter_mut().for_each(Running::release);
+    }
+
     fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()> {
         std::fs::create_dir_all(&self.folder).map_err(|e| Error::io("create", &self.folder, e))?;
         let mut numbers: Vec<u64> = samples.iter().map(|&sample| dataset.examples[sample].number).collect();
         numbers.sort_unstable();
         let source = Chosen { source: self.source, numbers };
-        let store = RowStore::new(&self.folder, &sha256_json(&"rows at hand")?, self.side.clone());
+        let key = sha256_json(&"rows at hand")?;
+        let store = RowStore::new(&self.folder, &key, self.side.clone(), self.stream);
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
         let Models { prefix, dense } = &mut *models;
         let files = self.targets.map(|(targets, _)| targets.files().in_folder(&self.folder));
@@ -105,7 +120,7 @@ impl Loads for Streamed<'_> {
             None => store.fill(&source, "", prefix, self.embeds_only, self.max_tokens, self.cancel)?,
         };
         if let (Some((targets, _)), Some(files)) = (self.targets, &files) {
-            set.targets = targets.open(files, &set.examples, set.hidden_size())?;
+            set.set_targets(targets.open(files, &set.examples, set.hidden_size())?);
         }
         dataset.put(samples, set)
     }

@@ -105,6 +105,14 @@ pub struct Running<'a> {
     head: Option<Session>,
 }
 
+impl Running<'_> {
+    /// Frees the model; the next use loads it again.
+    pub fn release(&mut self) {
+        self.body.release();
+        self.head = None;
+    }
+}
+
 /// Outputs of the dense model to store for one sample; empty when there is nothing to store.
 struct SampleOutputs {
     streams: Vec<Vec<f32>>,

@@ -96,7 +96,9 @@ impl List<'_> {
         let formula = "rows are computed between steps".to_string();
         self.add(Phase::Steps, Place::Memory, ONNX_RUNTIME, loaded, formula.clone());
         if let Some(fit) = &plan.fit {
-            self.add(Phase::Fit, Place::Memory, ONNX_RUNTIME, loaded, formula);
+            // Before steps, where they are loaded beside more, they go before the fit's matrices come.
+            let until_the_end = if plan.stages.is_empty() { loaded } else { 0 };
+            self.add(Phase::Fit, Place::Memory, ONNX_RUNTIME, until_the_end, formula);
             if fit.together < fit.computed {
                 let formula = format!("targets of {} of {} layers at a time", fit.together, fit.computed);
                 self.add(Phase::Fit, Place::Memory, "dense model", inputs.sessions.dense, formula);
@@ -121,9 +123,15 @@ impl List<'_> {
         self.add(phase, Place::Memory, "fitted weights", 4 * sizes.written, formula);
         if plan.frozen_as_stored {
             let (kind, part) = if plan.precision == Precision::Bf16 { ("bf16", 2) } else { ("f32", 1) };
-            let copies = sizes.layer_widened_bytes.max(sizes.head_widened_bytes) / part;
-            let formula = format!("{kind} copies of one layer's weights, or of the head's");
-            self.add(phase, Place::Memory, "weights in use", plan.workers * copies, formula);
+            // The backward pass reads the copies of all layers that it does not compute again.
+            let (copies, of) = match plan.gradient_checkpointing {
+                true => {
+                    (sizes.layer_widened_bytes.max(sizes.head_widened_bytes), "one layer's weights, or of the head's")
+                }
+                false => (sizes.copied_bytes, "all layers' weights until the backward pass"),
+            };
+            let formula = format!("{kind} copies of {of}");
+            self.add(phase, Place::Memory, "weights in use", plan.workers * copies / part, formula);
         }
     }
 
@@ -135,8 +143,9 @@ impl List<'_> {
         self.add(Phase::Fit, Place::Memory, "normal matrices", 2 * normal, formula);
         let formula = format!("16 x {0} x {0}", fit.widest);
         self.add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, formula);
-        let formula = format!("4 x {} x {width}", fit.tokens);
-        self.add(Phase::Fit, Place::Memory, "streams of the fit", 4 * fit.tokens * width, formula);
+        let number = self.plan.precision.bytes();
+        let formula = format!("{number} x {} x {width}", fit.tokens);
+        self.add(Phase::Fit, Place::Memory, "streams of the fit", number * fit.tokens * width, formula);
         let together = fit.together.min(fit.computed);
         let formula = format!("2 x {} x {width} x {together} layers", fit.tokens);
         self.add(Phase::Fit, self.aside(), "targets of the fit", 2 * fit.tokens * width * together, formula);
@@ -150,7 +159,8 @@ impl List<'_> {
         let (plan, data) = (self.plan, &self.plan.data);
         let Some(fit) = &plan.fit else { return };
         // The dense model's stream that the fit alone reads is in memory.
-        let kept = plan.targets.iter().filter(|target| target.read_by.iter().any(|reader| reader != FIT));
+        let computed = plan.targets.iter().filter(|target| !target.written);
+        let kept = computed.filter(|target| target.read_by.iter().any(|reader| reader != FIT));
         let all: u64 = kept.map(|target| target.bytes).sum();
         let bytes = (u128::from(all) * u128::from(fit.tokens) / u128::from(data.tokens.max(1))) as u64;
         let formula = format!("{} tokens, until the first step", fit.tokens);

@@ -13,7 +13,7 @@ mod step_range;
 
 pub use limits::{Limits, MOST_BATCH_TOKENS};
 pub use order::StepSamples;
-pub use planned::{PlannedBytes, PlannedConnector, PlannedData};
+pub use planned::{KeptRows, PlannedBytes, PlannedConnector, PlannedData};
 pub use points::{Point, anchor_points, points};
 pub use run_plan::{PlanInputs, RunPlan};
 pub use sessions::{Sessions, session_bytes};

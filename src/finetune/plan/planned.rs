@@ -23,6 +23,16 @@ pub enum Order {
     FitOnly,
 }
 
+/// The outputs of the frozen layers and of the dense model that are on disk for all samples. The others are computed for the
+/// next steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptRows {
+    All,
+    /// Those of the dense model, which cost most to compute.
+    Dense,
+    Nothing,
+}
+
 /// A stage of the optimiser steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedStage {

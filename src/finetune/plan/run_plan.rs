@@ -7,19 +7,20 @@ use crate::base::{Device, Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, TeacherOutput};
 use crate::finetune::settings::{Precision, Settings};
-use crate::torch::Ranks;
+use crate::torch::{Hold, Ranks};
 
 use super::limits::{Limits, MOST_BATCH_TOKENS};
 use super::planned::{
-    ANSWERS, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedConnector, PlannedData, PlannedFit,
-    PlannedSearch, PlannedStage, PlannedTarget,
+    ANSWERS, KeptRows, ONNX_RUNTIME, Order, PROCESS, Phase, Place, PlannedBytes, PlannedConnector, PlannedData,
+    PlannedFit, PlannedSearch, PlannedStage, PlannedTarget,
 };
 use super::points::Point;
 use super::sessions::Sessions;
 use super::sizes::Sizes;
 use super::step_range::{StepRange, TrialPlan};
 
-/// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy and frees it.
+/// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy, and the backward pass
+/// frees it. Below, they cost less than what makes them in every pass (`docs/large-models.md`, "Weights in f32").
 const MOST_WIDENED_BYTES: u64 = 256 << 20;
 /// Above this size of the trained weights, one network trains on all cores, instead of one network per core with its
 /// own gradients.
@@ -74,8 +75,7 @@ pub struct RunPlan {
     pub threads: u64,
     /// Maximum number of tokens of one forward pass, padding included. A longer sample forms a pass of its own.
     pub batch_tokens: u64,
-    /// True when the rows of the frozen layers and of the dense model are computed when a step needs them and are not
-    /// kept.
+    /// True when rows are computed when a step needs them and are not kept: those of the targets that are not `written`.
     #[serde(default)]
     pub streamed: bool,
     /// Maximum number of bytes of rows on disk.
@@ -131,8 +131,8 @@ pub struct PlanInputs<'a> {
     pub limits: Limits,
     /// Maximum number of bytes of rows on disk when the user set no limit.
     pub cache_bytes: u64,
-    /// Whether rows are computed when a step needs them; `None` when the plan decides.
-    pub streamed: Option<bool>,
+    /// The rows that are on disk; `None` when the plan decides.
+    pub rows: Option<KeptRows>,
 }
 
 impl RunPlan {
@@ -143,22 +143,28 @@ impl RunPlan {
     ///
     /// [`RunPlan::check`] reports a plan that exceeds its limits.
     pub fn resolve(inputs: &PlanInputs<'_>) -> Self {
-        let plan = Self::with_rows(inputs, inputs.streamed());
-        if plan.fits == Some(false)
-            && plan.streamed
-            && inputs.streamed.is_none()
-            && plan.row_bytes() <= plan.cache_limit_bytes
-        {
-            // Rows on disk let the models that compute them go before the steps.
-            let kept = Self::with_rows(inputs, false);
-            if kept.fits == Some(true) {
-                return kept;
+        // Rows on disk let the models that compute them go before the steps.
+        let (first, others) = inputs.rows();
+        let plan = Self::with_rows(inputs, first);
+        match plan.fits {
+            Some(false) => {
+                let mut others = others.into_iter().map(|rows| Self::with_rows(inputs, rows));
+                others.find(|other| other.fits == Some(true)).unwrap_or(plan)
             }
+            _ => plan,
         }
-        plan
     }
 
-    fn with_rows(inputs: &PlanInputs<'_>, streamed: bool) -> Self {
+    /// The rows that are on disk for all samples.
+    pub fn rows(&self) -> KeptRows {
+        match (self.streamed, self.targets.iter().any(|target| target.written)) {
+            (false, _) => KeptRows::All,
+            (true, true) => KeptRows::Dense,
+            (true, false) => KeptRows::Nothing,
+        }
+    }
+
+    fn with_rows(inputs: &PlanInputs<'_>, rows: KeptRows) -> Self {
         let PlanInputs { settings, sizes, limits, data, .. } = inputs;
         let first = inputs.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
@@ -189,14 +195,14 @@ impl RunPlan {
             search: inputs.search(),
             stages: inputs.stages(),
             data: data.clone(),
-            targets: inputs.targets(!streamed),
+            targets: inputs.targets(rows),
             workers,
             threads: (inputs.cores / workers).max(1),
             batch_tokens: asked.min(MOST_BATCH_TOKENS).max(longest),
-            streamed,
-            cache_limit_bytes: limits.cache.unwrap_or(inputs.cache_bytes),
+            streamed: rows != KeptRows::All,
+            cache_limit_bytes: inputs.cache_limit(),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
-            frozen_as_stored: stored,
+            frozen_as_stored: limits.frozen.map_or(stored, |hold| hold == Hold::Stored),
             bytes: Vec::new(),
             memory_bytes: 0,
             disk_bytes: 0,
@@ -256,9 +262,10 @@ impl RunPlan {
         self.targets.iter().filter(read).map(|target| target.bytes).sum()
     }
 
-    /// True when a loss term reads the dense model's outputs.
+    /// True when a loss term reads outputs of the dense model that are not on disk.
     pub(super) fn reads_dense(&self) -> bool {
-        self.targets.iter().flat_map(|target| &target.read_by).any(|by| by != STEPS && by != FIT)
+        let computed = self.targets.iter().filter(|target| !target.written);
+        computed.flat_map(|target| &target.read_by).any(|by| by != STEPS && by != FIT)
     }
 
     /// Errors: `Error::Invalid` when the plan exceeds the memory limit, or when layer-by-layer training needs more rows
@@ -380,19 +387,33 @@ impl PlanInputs<'_> {
         Some(PlannedFit { layers, products, widest, tokens, elements, computed, together })
     }
 
-    /// True when rows are computed when a step needs them: they exceed the disk limit, or they are read only once and
-    /// are not small.
-    fn streamed(&self) -> bool {
-        if let Some(decided) = self.streamed {
-            return decided;
+    fn cache_limit(&self) -> u64 {
+        self.limits.cache.unwrap_or(self.cache_bytes)
+    }
+
+    /// The rows to keep on disk, and the other choices, which are taken where the first one's models do not fit beside the
+    /// steps. Rows that are read again are kept as far as they have room, first those of the dense model; rows that are read
+    /// once only if they are small.
+    fn rows(&self) -> (KeptRows, Vec<KeptRows>) {
+        if let Some(decided) = self.rows {
+            return (decided, Vec::new());
         }
         // Layer-by-layer training needs each layer's output for all samples as the next layer's input.
         if self.settings.layer_by_layer() {
-            return false;
+            return (KeptRows::All, Vec::new());
         }
-        let bytes: u64 = self.targets(true).iter().filter(|target| target.written).map(|target| target.bytes).sum();
-        let room = self.limits.cache.unwrap_or(self.cache_bytes);
-        bytes > room || bytes > SMALL_CACHE_BYTES && !self.reads_again()
+        let bytes = |rows: KeptRows| -> u64 {
+            self.targets(rows).iter().filter(|target| target.written).map(|target| target.bytes).sum()
+        };
+        let mut choices = vec![KeptRows::All, KeptRows::Dense];
+        choices.retain(|&rows| bytes(rows) <= self.cache_limit());
+        if self.reads_again() || bytes(KeptRows::All) <= SMALL_CACHE_BYTES {
+            choices.push(KeptRows::Nothing);
+            (choices.remove(0), choices)
+        } else {
+            choices.reverse();
+            (KeptRows::Nothing, choices)
+        }
     }
 
     /// True when the run reads the rows of a sample more than once.
@@ -439,9 +460,9 @@ impl PlanInputs<'_> {
         stages.collect()
     }
 
-    /// Outputs of the frozen layers and of the dense model that the run needs. `keeps`: whether they are written for
-    /// all samples.
-    fn targets(&self, keeps: bool) -> Vec<PlannedTarget> {
+    /// Outputs of the frozen layers and of the dense model that the run needs. `rows` says which are written for all samples.
+    fn targets(&self, rows: KeptRows) -> Vec<PlannedTarget> {
+        let (keeps, keeps_dense) = (rows == KeptRows::All, rows != KeptRows::Nothing);
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
         let first = self.first;
@@ -449,7 +470,7 @@ impl PlanInputs<'_> {
             what: format!("stream before layer {first}"),
             read_by: vec![STEPS.to_string()],
             tokens,
-            bytes: 4 * tokens * width,
+            bytes: self.settings.precision_on(self.device).bytes() * tokens * width,
             written: keeps,
         }];
         if self.sizes.side_width > 0 {
@@ -483,7 +504,7 @@ impl PlanInputs<'_> {
             }
             let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
             let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);
-            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept && keeps });
+            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept && keeps_dense });
         }
         let read_by = by_terms(TeacherOutput::Logits);
         if !read_by.is_empty() {
@@ -491,7 +512,7 @@ impl PlanInputs<'_> {
             let most = if self.sizes.vocabulary > 0 { self.sizes.vocabulary } else { u64::MAX };
             let bytes = (8 * u64::from(self.settings.kd.top_k).min(most)).saturating_mul(answer_tokens);
             let what = ANSWERS.to_string();
-            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps });
+            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps_dense });
         }
         targets
     }

@@ -40,6 +40,7 @@ fn eight_billion(lora: bool) -> Sizes {
     Sizes {
         frozen_bytes: 2 * frozen,
         widened_bytes: 4 * frozen,
+        copied_bytes: 4 * frozen,
         layer_widened_bytes: 4 * layer,
         head_widened_bytes: 4 * head,
         trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
@@ -96,7 +97,7 @@ fn planned(
         data,
         limits,
         cache_bytes: 32_000_000_000,
-        streamed: None,
+        rows: None,
     };
     RunPlan::resolve(&inputs)
 }
@@ -131,31 +132,75 @@ fn best_with_adapters_on_all_layers_of_8b_fits_into_22_gb() {
     assert_eq!(held("weights before the fit"), Some((Place::Host, 4 * fit.elements)));
     assert_eq!(held("weights before the search").map(|(place, _)| place), Some(Place::Host));
     // Without room on disk the dense model stays loaded, and the error says what keeps it there.
-    let tight = of_run(Limits { cache: Some(32_000_000_000), ..limits });
-    assert_eq!((tight.fits, tight.streamed), (Some(false), true));
-    // The fit's samples have the stream before layer 0 on disk, in f32, and the answers that `kd` reads.
-    let on_disk = |what: &str| tight.bytes.iter().find(|item| item.what == what).map(|item| (item.phase, item.bytes));
-    let answers = tight.targets.iter().find(|target| target.what == ANSWERS).unwrap().bytes;
-    let rows = fit.tokens * 4 * 4096 + answers * fit.tokens / 2_400_000;
-    assert_eq!(on_disk("rows of the fit"), Some((Phase::Fit, rows)));
+    let tight = of_run(Limits { cache: Some(100_000_000), ..limits });
+    assert_eq!((tight.fits, tight.rows()), (Some(false), KeptRows::Nothing));
+    // The fit's samples have the stream before layer 0 on disk, in bf16, and the answers that `kd` reads.
+    let rows_of_fit = |plan: &RunPlan| {
+        let own = plan.bytes.iter().find(|item| item.what == "rows of the fit");
+        own.map(|item| (item.phase, item.bytes))
+    };
+    let answers = answers_of(&tight).bytes;
+    let rows = fit.tokens * 2 * 4096 + answers * fit.tokens / 2_400_000;
+    assert_eq!(rows_of_fit(&tight), Some((Phase::Fit, rows)));
     assert!(tight.disk_bytes >= rows);
     let message = tight.check().unwrap_err().to_string();
-    assert!(message.contains("compute rows between steps") && message.contains("`--cache-bytes 40GB`"), "{message}");
+    assert!(message.contains("compute rows between steps") && message.contains("`--cache-bytes 20GB`"), "{message}");
 }
 
-/// Rows that are read once are not kept, unless the models that compute them would not fit beside the steps.
+fn answers_of(plan: &RunPlan) -> &PlannedTarget {
+    plan.targets.iter().find(|target| target.what == ANSWERS).unwrap()
+}
+
+/// 2,400 samples of 1,000 tokens have room in the budget that a run has without a flag, because their stream is in bf16. With
+/// less room the dense model's answers are kept, and the embeddings are looked up again between steps.
+#[test]
+fn best_of_8b_fits_into_22_gb_with_the_default_budget_and_with_less() {
+    let settings = RecipeRow::named("best").unwrap().settings().with(|s| {
+        (s.lora.rank, s.lora.layers) = (16, LoraLayers::All);
+        s.precision = Some(Precision::Bf16);
+    });
+    let (targets, points) = fitted();
+    let of_run = |cache| {
+        let limits = Limits { memory: Some(22_000_000_000), cache, ..Limits::default() };
+        planned(&settings, &eight_billion(true), limits, (&targets, &points, SESSIONS), true)
+    };
+    let (usual, tight) = (of_run(None), of_run(Some(2_000_000_000)));
+    assert_eq!((usual.fits, usual.rows()), (Some(true), KeptRows::All), "{}", usual.line());
+    assert_eq!(usual.targets[0].bytes, 2 * 4096 * 2_400_000);
+    assert!(
+        usual.targets.iter().filter(|target| target.written).map(|target| target.bytes).sum::<u64>() < 20_000_000_000
+    );
+    assert_eq!((tight.fits, tight.rows()), (Some(true), KeptRows::Dense), "{}", tight.line());
+    assert!(answers_of(&tight).written && !tight.targets[0].written);
+    // Between steps only the frozen part is loaded, and only its rows are on disk for the fit, which frees it.
+    let loaded = |phase| tight.bytes.iter().find(|item| item.phase == phase && item.what == ONNX_RUNTIME);
+    assert_eq!(loaded(Phase::Steps).map(|item| item.bytes), Some(SESSIONS.prefix));
+    assert_eq!(loaded(Phase::Fit), None);
+    let rows = tight.bytes.iter().find(|item| item.what == "rows of the fit").unwrap();
+    assert_eq!(rows.bytes, tight.fit.as_ref().unwrap().tokens * 2 * 4096);
+    // In f32 the rows are twice as large and do not fit the budget.
+    let wide = settings.with(|s| s.precision = Some(Precision::F32));
+    let wide = planned(&wide, &eight_billion(true), Limits::default(), (&targets, &points, SESSIONS), true);
+    assert_eq!((wide.targets[0].bytes, wide.rows()), (4 * 4096 * 2_400_000, KeptRows::Dense));
+}
+
+/// Rows that are read once are not kept, unless the models that compute them would not fit beside the steps: first the dense
+/// model's are, then all.
 #[test]
 fn rows_are_kept_where_the_loaded_models_do_not_fit() {
     let settings = Settings::default().with(|s| {
         s.stages = Stage::only([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
         (s.lora.rank, s.schedule.epochs, s.precision) = (16, 1, Some(Precision::Bf16));
     });
-    let plan = |memory| {
+    let rows = |memory, sessions| {
         let limits = Limits { memory: Some(memory), cache: Some(64_000_000_000), ..Limits::default() };
-        planned(&settings, &eight_billion(true), limits, (&[], &[], SESSIONS), true)
+        let plan = planned(&settings, &eight_billion(true), limits, (&[], &[], sessions), true);
+        assert_eq!((plan.fits, plan.streamed), (Some(true), plan.rows() != KeptRows::All), "{}", plan.line());
+        plan.rows()
     };
-    assert_eq!((plan(80_000_000_000).streamed, plan(80_000_000_000).fits), (true, Some(true)));
-    assert_eq!((plan(22_000_000_000).streamed, plan(22_000_000_000).fits), (false, Some(true)));
+    assert_eq!(rows(80_000_000_000, SESSIONS), KeptRows::Nothing);
+    assert_eq!(rows(22_000_000_000, SESSIONS), KeptRows::Dense);
+    assert_eq!(rows(22_000_000_000, Sessions { prefix: 9_000_000_000, ..SESSIONS }), KeptRows::All);
 }
 
 /// On a CPU everything is in one memory. Targets that take more than the dense model are computed for some layers at a
@@ -175,6 +220,35 @@ fn a_fit_on_a_cpu_counts_its_targets_and_copies() {
     assert!(whole.bytes.iter().all(|item| item.what != "dense model" && item.place != Place::Host));
     let held = |what: &str| whole.bytes.iter().any(|item| item.what == what && item.place == Place::Memory);
     assert!(held("targets of the fit") && held("weights before the fit") && held("weights before the search"));
+}
+
+/// Without checkpointing the backward pass keeps the f32 copies of every layer, in every network.
+#[test]
+fn copies_of_stored_weights_are_counted_where_the_backward_pass_keeps_them() {
+    let sizes = eight_billion(true);
+    let in_use = |checkpointing: bool, frozen: Option<Hold>| {
+        let settings = Settings::default().with(|s| s.batch.gradient_checkpointing = Some(checkpointing));
+        let limits = Limits { frozen, ..Limits::default() };
+        let plan = planned(&settings, &sizes, limits, (&[], &[], Sessions::default()), false);
+        let bytes = |what: &str| plan.bytes.iter().find(|item| item.what == what).map(|item| item.bytes);
+        (plan.frozen_as_stored, bytes("frozen weights").unwrap(), bytes("weights in use"))
+    };
+    let one = sizes.layer_widened_bytes.max(sizes.head_widened_bytes);
+    assert_eq!(in_use(true, None), (true, sizes.frozen_bytes, Some(one)));
+    assert_eq!(in_use(false, None), (true, sizes.frozen_bytes, Some(sizes.copied_bytes)));
+    assert_eq!(in_use(false, Some(Hold::Widened)), (false, sizes.widened_bytes, None));
+    let small = Sizes { frozen_bytes: 2_000, widened_bytes: 4_000, ..sizes.clone() };
+    let limits = Limits { frozen: Some(Hold::Stored), ..Limits::default() };
+    let held = |limits| planned(&Settings::default(), &small, limits, (&[], &[], Sessions::default()), false);
+    assert_eq!([held(Limits::default()), held(limits)].map(|plan| plan.frozen_as_stored), [false, true]);
+}
+
+#[test]
+fn the_environment_says_how_frozen_weights_are_held() {
+    let found = ["", "file", "f32"].map(|value| Limits::frozen_from(Some(value)).unwrap());
+    assert_eq!(found, [None, Some(Hold::Stored), Some(Hold::Widened)]);
+    let error = Limits::frozen_from(Some("f16")).unwrap_err().to_string();
+    assert!(error.contains("INTERLACE_FROZEN") && error.contains("`f16`") && error.contains("`file`"), "{error}");
 }
 
 #[test]

@@ -40,6 +40,8 @@ pub struct Sizes {
     pub frozen_bytes: u64,
     /// Bytes of the same weights with every weight of 16 bits or less as f32.
     pub widened_bytes: u64,
+    /// Bytes of the f32 copies of all of them that have 16 bits or less.
+    pub copied_bytes: u64,
     /// Bytes of the f32 copies that the products of one layer make of its weights of 16 bits or less. The maximum over
     /// the layers.
     pub layer_widened_bytes: u64,
@@ -91,6 +93,7 @@ impl Sizes {
             if read.contains(id) && !trained.contains(id) {
                 sizes.frozen_bytes += tensor.byte_len();
                 sizes.widened_bytes += widened(id, tensor);
+                sizes.copied_bytes += if converted(id, tensor) { widened(id, tensor) } else { 0 };
             }
         }
         let copies = |ids: &mut dyn Iterator<Item = ValueId>| -> u64 {

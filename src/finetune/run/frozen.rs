@@ -5,7 +5,9 @@ use std::path::Path;
 use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
 use crate::finetune::cut::{ConnectorInput, Cut, SideInputs, row_inputs};
-use crate::finetune::data::{Frozen, LazySession, RowStore, Streamed, StreamedParts, TeacherTargets, TrainingSet};
+use crate::finetune::data::{
+    Frozen, LazySession, RowDtype, RowStore, Streamed, StreamedParts, TeacherTargets, TrainingSet,
+};
 use crate::finetune::plan::{Sizes, session_bytes};
 use crate::ir::Model;
 use crate::rewrite::extract;
@@ -96,7 +98,12 @@ impl<'a> FrozenLayers<'a> {
         filled
     }
 
-    /// A source that computes the frozen layers' output and the dense model's targets when steps need them.
+    /// Type of the rows of the frozen layers' output.
+    pub fn element(&self) -> RowDtype {
+        RowDtype::of_stream(self.request.settings.precision_on(self.request.device))
+    }
+
+    /// A source that computes the frozen layers' output when steps need it, and with it the dense model's `targets`.
     pub fn streamed<'s>(
         &'s self,
         side: SideInputs,
@@ -109,10 +116,13 @@ impl<'a> FrozenLayers<'a> {
         let frozen = in_dense.filter(|_| targets.is_some());
         let points = targets.map_or(0, |targets| targets.student_points().len() as u64);
         let features = sizes.connector.as_ref().map_or(0, |connector| connector.width * connector.rows_of(1));
-        let bytes_per_token = sizes.hidden_size * (4 + 2 * points) + 4 * (side.widths.total() as u64 + features);
+        let stream = self.element();
+        let of_streams = sizes.hidden_size * (stream.size() as u64 + 2 * points);
+        let bytes_per_token = of_streams + 4 * (side.widths.total() as u64 + features);
         Streamed::new(StreamedParts {
             source: self.request.data,
             side,
+            stream,
             prefix: LazySession::new(|| self.session()),
             embeds_only: self.embeds_only,
             targets,

@@ -15,10 +15,10 @@ use crate::data::LeftOut;
 use crate::finetune::checkpoint::newest_totals;
 use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{
-    Example, Loads, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
+    Example, Loads, RowDtype, RowStore, Teacher, TeacherRequest, TeacherTargets, TrainingSet, WINDOW_FOLDER, scan,
 };
 use crate::finetune::loss;
-use crate::finetune::plan::{PlannedData, RunPlan, anchor_points};
+use crate::finetune::plan::{KeptRows, PlannedData, RunPlan, anchor_points};
 use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
 use crate::finetune::settings::{LearningRate, Lora};
 use crate::finetune::student::Student;
@@ -91,12 +91,13 @@ pub fn finetune_with_teacher(
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let first = opened.cut.first;
-    let rows = ("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens);
+    let element = RowDtype::of_stream(settings.precision_on(request.device));
+    let rows = ("stream with sample numbers", &model_digest, &data_digest, first, settings.data.max_tokens, element);
     let key = match opened.side.connector {
         Some(connector) => sha256_json(&(rows, connector))?,
         None => sha256_json(&rows)?,
     };
-    let store = RowStore::new(&own, &key, opened.side.clone());
+    let store = RowStore::new(&own, &key, opened.side.clone(), element);
     let teacher_targets = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let teacher_request = TeacherRequest {
             teacher,
@@ -123,26 +124,26 @@ pub fn finetune_with_teacher(
     }
     let parts = opened.parts();
     let mut estimate = PlannedData::default();
-    let streams = match kept {
+    let rows = match kept {
         Some(_) => None,
         None => {
             estimate = estimated(request.data, request.bundle)?;
-            let plan = resolve(request, &parts, estimate.clone(), None)?;
+            let plan = resolve(request, &parts, estimate.clone(), None);
             plan.check()?;
-            Some(plan.streamed)
+            Some(plan.rows())
         }
     };
-    let streams = agreed(streams, request.ranks)?;
+    let rows = agreed(rows, request.ranks)?;
     let (mut dataset, left_out) = match kept {
         Some(kept) => kept,
-        None if streams => {
+        None if rows == KeptRows::All => prefix.fill(&store, teacher_targets.as_ref(), in_dense, cancel)?,
+        None => {
             let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
             (TrainingSet::of_windows(examples), left_out)
         }
-        None => prefix.fill(&store, teacher_targets.as_ref(), in_dense, cancel)?,
     };
 
-    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(streams))?;
+    let mut plan = resolve(request, &parts, planned_data(&dataset, &estimate), Some(rows));
     plan.check()?;
     if let Some(ranks) = request.ranks {
         plan.take_passes_of_first(ranks)?;
@@ -153,7 +154,7 @@ pub fn finetune_with_teacher(
     }
     if let Some(targets) = &teacher_targets {
         inputs.insert("teacher".to_string(), targets.digest.clone());
-        if !streams {
+        if rows != KeptRows::Nothing {
             let files = targets.files();
             if !targets.files_exist() {
                 let mut running = targets.running(None);
@@ -161,7 +162,8 @@ pub fn finetune_with_teacher(
                 drop(running);
                 targets.release();
             }
-            dataset.targets = targets.open(files, &dataset.examples, dataset.hidden_size())?;
+            let width = if rows == KeptRows::All { dataset.hidden_size() } else { opened.sizes.hidden_size as usize };
+            dataset.set_targets(targets.open(files, &dataset.examples, width)?);
         }
     }
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
@@ -173,9 +175,10 @@ pub fn finetune_with_teacher(
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
     let fit_layers = plan.fit.as_ref().map_or(1, |fit| fit.together as usize);
-    let rows = (own.as_path(), &opened.sizes);
+    let place = (own.as_path(), &opened.sizes);
+    let computed = teacher_targets.as_ref().filter(|_| rows == KeptRows::Nothing);
     let streamed =
-        streams.then(|| prefix.streamed(opened.side.clone(), teacher_targets.as_ref(), in_dense, rows, cancel));
+        (rows != KeptRows::All).then(|| prefix.streamed(opened.side.clone(), computed, in_dense, place, cancel));
     let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
     let run = Run {
         settings,
@@ -255,14 +258,14 @@ fn compiled(request: &Request<'_>, opened: &Opened, plan: &RunPlan, device: Torc
     Ok(students)
 }
 
-/// Whether rows are computed between steps: the decision of the first process, unless it has the rows of an earlier run.
-/// `own`: None in a process that has them.
-fn agreed(own: Option<bool>, ranks: Option<&Ranks>) -> Result<bool> {
-    let first = match ranks {
-        Some(ranks) => ranks.from_first(&[own.map_or(2, u8::from)])?.first().copied().filter(|&first| first < 2),
-        None => None,
-    };
-    Ok(own.is_some_and(|own| first.map_or(own, |first| first == 1)))
+/// The rows that are kept on disk: the decision of the first process, unless it has the rows of an earlier run. `own`: None in
+/// a process that has them.
+fn agreed(own: Option<KeptRows>, ranks: Option<&Ranks>) -> Result<KeptRows> {
+    const CHOICES: [KeptRows; 3] = [KeptRows::All, KeptRows::Dense, KeptRows::Nothing];
+    let Some(ranks) = ranks else { return Ok(own.unwrap_or(KeptRows::All)) };
+    let number = CHOICES.iter().position(|&choice| own == Some(choice)).unwrap_or(CHOICES.len());
+    let first = ranks.from_first(&[number as u8])?.first().and_then(|&first| CHOICES.get(usize::from(first)).copied());
+    Ok(own.map_or(KeptRows::All, |own| first.unwrap_or(own)))
 }
 
 /// Sizes of the samples. Summaries of samples do not count image tokens; their number is estimated then.

@@ -2,15 +2,17 @@
 
 use crate::base::{Device, Error, Result, free_disk_bytes, free_memory_bytes, thread_count};
 use crate::bundle::{Bundle, Role};
+use crate::finetune::checkpoint::cached_bytes;
 use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
 use crate::finetune::plan::{
-    Limits, PlanInputs, PlannedConnector, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes,
+    KeptRows, Limits, PlanInputs, PlannedConnector, PlannedData, Point, RunPlan, Sessions, Sizes, session_bytes,
 };
 use crate::finetune::settings::{LoraLayers, Settings};
 use crate::ir::Model;
 use crate::runtime::headed;
+use crate::torch::Ranks;
 
 use super::frozen::FrozenLayers;
 use super::request::Request;
@@ -35,6 +37,9 @@ pub struct Opened {
     pub sessions: Sessions,
     /// Limits of the user, and the free memory of the GPU where the user set none.
     pub limits: Limits,
+    /// Maximum number of bytes of this process's rows on disk when the user set no limit. It is taken once, so that a run
+    /// that has written its rows is not refused for the space that they take.
+    pub cache_bytes: u64,
 }
 
 impl Opened {
@@ -96,6 +101,8 @@ impl Opened {
             },
             in_dense: teacher.is_some_and(|teacher| teacher.kept.iter().take(first).copied().eq(0..first)),
         };
+        let rows = cached_bytes(request.work)?;
+        let cache_bytes = cache_bytes(free_disk_bytes(request.work)?, rows, request.ranks.map_or(1, Ranks::size));
         let limits = with_free_memory(request.limits, request.device, crate::torch::free_gpu_memory);
         Ok(Opened {
             decoder,
@@ -110,6 +117,7 @@ impl Opened {
             dense,
             sessions,
             limits,
+            cache_bytes,
         })
     }
 
@@ -123,6 +131,7 @@ impl Opened {
             fit_points: &self.fit_points,
             sessions: self.sessions,
             limits: self.limits,
+            cache_bytes: self.cache_bytes,
             layer_count: self.cut.analysis.map.layers.len(),
             first: self.cut.first,
         }
@@ -173,16 +182,14 @@ pub struct Parts<'a> {
     pub fit_points: &'a [Point],
     pub sessions: Sessions,
     pub limits: Limits,
+    pub cache_bytes: u64,
     pub layer_count: usize,
     pub first: usize,
 }
 
-/// Makes the plan. `streamed` is `Some` when it is already decided whether rows are computed on demand.
-///
-/// Errors: `Error::Io` when the free disk space cannot be read.
-pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
-    let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
-    Ok(RunPlan::resolve(&PlanInputs {
+/// Makes the plan. `rows` is `Some` when it is already decided which rows are on disk.
+pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, rows: Option<KeptRows>) -> RunPlan {
+    RunPlan::resolve(&PlanInputs {
         device: request.device,
         cores: thread_count() as u64,
         settings: request.settings,
@@ -198,9 +205,15 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         host_bytes: free_memory_bytes(),
         data,
         limits: parts.limits,
-        cache_bytes,
-        streamed,
-    }))
+        cache_bytes: parts.cache_bytes,
+        rows,
+    })
+}
+
+/// Bytes of rows that a process may keep: its share of a fifth of the disk that is `free` or holds `rows` already. Each of
+/// the `processes` keeps rows of its own, all in one work folder.
+fn cache_bytes(free: u64, rows: u64, processes: usize) -> u64 {
+    (free.saturating_add(rows) / 5 / processes.max(1) as u64).min(MOST_CACHE_BYTES)
 }
 
 /// Targets and losses stand at the places of the whole prompt.
@@ -272,7 +285,7 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
     let losses = request.settings.losses();
     loss::check_teacher(losses.keys().copied(), request.settings.fit.enabled, teacher.is_some())?;
     let opened = Opened::new(request, teacher)?;
-    resolve(request, &opened.parts(), estimated(request.data, request.bundle)?, None)
+    Ok(resolve(request, &opened.parts(), estimated(request.data, request.bundle)?, None))
 }
 
 #[cfg(test)]
@@ -289,6 +302,19 @@ mod tests {
         assert_eq!(of(None, Device::Cpu), None);
         let none = |_| Err(Error::unsupported("device cuda:0", "no GPU was found"));
         assert_eq!(with_free_memory(Limits::default(), Device::Cuda(0), none).memory, None);
+    }
+
+    /// Layer by layer, rows of a fifth of the disk were allowed and then refused, since they had taken that fifth; and eight
+    /// processes took eight fifths.
+    #[test]
+    fn rows_on_disk_do_not_lower_their_own_limit_and_processes_share_it() {
+        let free = 60_000_000_000;
+        let limit = cache_bytes(free, 0, 1);
+        assert_eq!((limit, cache_bytes(free - limit, limit, 1)), (12_000_000_000, limit));
+        assert_eq!(8 * cache_bytes(free, 0, 8), limit);
+        let each = cache_bytes(free, 0, 8);
+        assert_eq!(cache_bytes(free - 8 * each, 8 * each, 8), each);
+        assert_eq!(cache_bytes(u64::MAX, 5, 1), MOST_CACHE_BYTES);
     }
 
     /// The fixture's vision encoder and embeddings are in f32, so ONNX Runtime makes no copies.

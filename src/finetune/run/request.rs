@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Provenance};
 use crate::bundle::Bundle;
 use crate::data::LeftOut;
+use crate::finetune::checkpoint::folder_of_rank;
 use crate::finetune::data::Source;
 use crate::finetune::plan::Limits;
 use crate::finetune::record::{LayerFit, RateTrial};
@@ -45,10 +46,7 @@ impl Request<'_> {
     /// Folder for files that only this process reads: `work` for the first process, a subfolder of `work` for each
     /// other one.
     pub fn own_work(&self) -> PathBuf {
-        match self.ranks {
-            Some(ranks) if ranks.rank() > 0 => self.work.join(format!("rank-{}", ranks.rank())),
-            _ => self.work.to_path_buf(),
-        }
+        folder_of_rank(self.work, self.ranks.map_or(0, Ranks::rank))
     }
 }
 

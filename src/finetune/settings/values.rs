@@ -41,6 +41,14 @@ impl Precision {
             Precision::Bf16 => "bf16",
         }
     }
+
+    /// Bytes of a number of the residual stream.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
 }
 
 /// Rank, scale and seed of adapters.

@@ -127,6 +127,10 @@ pub fn fit(
     let _guard = tch::no_grad_guard();
     let drawn = drawn.unwrap_or_else(|| draw(run, targets, dataset));
     run.load(dataset, &drawn.samples())?;
+    if let Some(streamed) = run.streamed {
+        // The rows are on disk; the normal matrices take the memory of the models that computed them.
+        streamed.release();
+    }
     let mut done = Vec::new();
     let result = fit_each(run, students, targets, dataset, drawn, &mut done);
     if result.is_err() {
@@ -372,7 +376,10 @@ fn rows(
 ) -> Result<PassRows> {
     let _guard = tch::no_grad_guard();
     let side = student.side(batch)?;
-    let mut stream = kept.take().unwrap_or_else(|| batch.hidden.shallow_clone());
+    let mut stream = match kept.take() {
+        Some(stream) => stream,
+        None => student.entering(&batch.hidden)?,
+    };
     for number in from..layer {
         stream = student.layer(number, &stream, &side)?;
     }

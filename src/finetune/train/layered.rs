@@ -164,8 +164,10 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
         return Ok(None);
     }
     dataset.want(Some(0..0));
-    let path = run.work.join(format!("stream-{to}.{}", RowDtype::F32.extension()));
-    let mut writer = RowsWriter::create(&path, RowDtype::F32)?;
+    // The layers' output has the type of their input.
+    let element = dataset.stream_element().unwrap_or(RowDtype::F32);
+    let path = run.work.join(format!("stream-{to}.{}", element.extension()));
+    let mut writer = RowsWriter::create(&path, element)?;
     let progress =
         Progress::new(&format!("stream to layer {}", run.first + to), "samples", dataset.lengths().len() as u64);
     let mut round = Vec::new();
@@ -206,7 +208,7 @@ fn streams(
         let make = |samples: &[usize]| dataset.batch(samples, feeds);
         each_batch(passes, device, make, |samples, batch| {
             let side = student.side(batch)?;
-            let mut stream = batch.hidden.shallow_clone();
+            let mut stream = student.entering(&batch.hidden)?;
             for layer in layers.clone() {
                 stream = student.layer(layer, &stream, &side)?;
             }

@@ -175,11 +175,13 @@ pub fn finetune(
         remove_cache_only_folder(request.work)?;
     }
     let mut outcome = outcome?;
-    let from_hub = |head: Provenance| {
-        let teacher = request.teacher.and_then(ModelSource::hub_name);
-        head.with_hub("model", bundle.hub_name()).with_hub("teacher", teacher)
+    let named = |head: Provenance| {
+        head.with_hub("model", bundle.hub_name())
+            .with_hub("teacher", request.teacher.and_then(ModelSource::hub_name))
+            .with_variants("model", bundle.chosen_variants())
+            .with_variants("teacher", request.teacher.and_then(ModelSource::chosen).as_deref())
     };
-    outcome.report.provenance = from_hub(outcome.report.provenance.with_variants("model", bundle.chosen_variants()));
+    outcome.report.provenance = named(outcome.report.provenance);
     let Some(mut writer) = writer else {
         // The first process writes the model, since all have the same weights.
         let own = training.own_work();
@@ -207,7 +209,7 @@ pub fn finetune(
         inputs.insert("plan".to_string(), digest.clone());
     }
     let head = Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?;
-    writer.commit(from_hub(head))?;
+    writer.commit(named(head))?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result};
-use crate::bundle::{Bundle, Component, RecordedStep, Role, SetAside};
+use crate::bundle::{Bundle, Component, RecordedStep, Role, SetAside, variant_flag};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
 
@@ -179,16 +179,9 @@ pub(super) fn of_another_model(subject: String, made: &Provenance, bundle: &Bund
         && made.hub.get("model") == Some(&name)
         && theirs != own
     {
-        let shown = |variants: Option<&str>| match variants {
-            Some(variants) => format!("`--variant {variants}`"),
-            None => "no `--variant`".to_string(),
-        };
-        let problem = format!("made for other files of `{name}`: with {}, not with {}", shown(theirs), shown(own));
-        return Error::invalid(subject, problem).remedy(format!(
-            "make it anew with {}, or run this with {}",
-            shown(own),
-            shown(theirs)
-        ));
+        let (theirs, own) = (variant_flag(theirs), variant_flag(own));
+        return Error::invalid(subject, format!("made for other files of `{name}`: with {theirs}, not with {own}"))
+            .remedy(format!("make it anew with {own}, or run this with {theirs}"));
     }
     let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));

@@ -4,7 +4,6 @@
 use std::fmt;
 
 use crate::base::{Result, sha256_json};
-use crate::bundle::ModelSource;
 use crate::finetune::Settings;
 use crate::method::select::Strategy;
 use crate::method::{LayerRole, Part, Plan};
@@ -242,7 +241,7 @@ impl Maker<'_> {
 
     fn held_back_loss(&mut self, label: &str, model: &Finished) -> Result<Option<f64>> {
         let Some(read) = self.held_back()? else { return Ok(None) };
-        let source = (&ModelSource::from(model.path.as_path()), model.digest.as_str());
+        let source = (&model.model(), model.digest.as_str());
         let scores = self.stages.perplexity(("held-back", label), source, &self.sweep.finetune.data, &read)?;
         Ok(Some(scores.mean_loss))
     }

@@ -12,14 +12,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::base::{Cancel, Error, Provenance, Result, write_json};
-use crate::bundle::{Bundle, ModelSource, Variants, model_on_disk};
+use crate::bundle::{Bundle, ModelSource};
 use crate::eval::ModelScores;
 
 use super::comparison::{OtherScore, check_there, parts};
 use super::run::write_text;
 use super::stages::{Questions, Stages, questions, size_bytes};
 use super::steps::{self, HowMany};
-use super::store::Finished;
 
 use making::{Cell, DenseModels, Maker, Setting, TrainedModel};
 
@@ -81,7 +80,7 @@ pub fn sweep(
 fn sweep_in(sweep: &Sweep, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnMut(&str)) -> Result<SweepResult> {
     let (part, _) = parts(sweep.finetune.held_back)?;
     check_there(&sweep.eval.benchmarks, &sweep.eval.other)?;
-    let model = model_on_disk(&sweep.model, &Variants::default(), cancel)?;
+    let model = ModelSource::find(&sweep.model, sweep.variant.clone(), cancel)?;
     let mut stages = Stages::open(folder, &model, sweep.device.parse()?, part, cancel, on_step)?;
     let counts = sweep.drop_ratios.iter().map(|&ratio| HowMany::DropRatio(ratio).count(&stages.dense));
     let counts = counts.collect::<Result<Vec<_>>>()?;
@@ -100,8 +99,7 @@ fn sweep_in(sweep: &Sweep, folder: &Path, cancel: &Cancel, on_step: &mut dyn FnM
     // From here on nothing is left to choose.
     let questions = questions(&sweep.eval.benchmarks)?;
     let (finetuned, dense_rows) = (BTreeMap::new(), Vec::new());
-    let Finished { path, digest, .. } = maker.stages.dense_as_made();
-    let model = ModelSource::from(path.as_path());
+    let digest = maker.stages.dense_as_made().digest;
     let dense = Measured {
         scores: maker.stages.answers("dense", &model, &digest, &questions, &sweep.eval.settings)?,
         held_back_loss: made.dense_held_back_loss,
@@ -145,7 +143,7 @@ impl SweepRun<'_> {
             made = self.maker.again(model)?;
         }
         let stages = &mut self.maker.stages;
-        let source = ModelSource::from(made.path.as_path());
+        let source = made.model();
         let scores = stages.answers(step, &source, &made.digest, &self.questions, settings)?;
         let other = stages.other(step, (&source, &made.digest), &sweep.eval.other, settings)?;
         if !sweep.keep_models {
@@ -159,7 +157,7 @@ impl SweepRun<'_> {
         let healed = self.measured(&cell.healed)?;
         let (step, pruned) = (cell.pruned_step.as_str(), &cell.pruned);
         let stages = &mut self.maker.stages;
-        let source = ModelSource::from(pruned.path.as_path());
+        let source = pruned.model();
         let dropped = stages.answers(step, &source, &pruned.digest, &self.questions, &sweep.eval.settings)?;
         let ideal = match ideal_with_bridges(&pruned.path)? {
             Some(speedup) => speedup,
@@ -197,7 +195,7 @@ impl SweepRun<'_> {
     fn in_precisions<'c>(&mut self, floats: &CellFigures<'c>, for_targets: bool) -> Result<Vec<CellFigures<'c>>> {
         let sweep = self.sweep;
         let (cell, healed) = (floats.cell, &floats.cell.healed);
-        let model = (healed.made.path.as_path(), healed.made.digest.as_str());
+        let model = (&healed.made.model(), healed.made.digest.as_str());
         let stages = &mut self.maker.stages;
         let quantised = stages.quantise(&healed.step, model, (&sweep.export, &sweep.calibration))?;
         let mut figures = Vec::new();
@@ -314,8 +312,8 @@ impl SweepRun<'_> {
 
     fn write(&self, rows: &[SweepRow]) -> Result<SweepTable> {
         let inputs = BTreeMap::from([("model".to_string(), self.maker.stages.dense.digest.clone())]);
-        let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?
-            .with_hub("model", self.maker.stages.bundle.hub_name());
+        let head = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?;
+        let provenance = self.maker.stages.named(head);
         let dense = DenseFigures {
             average: self.dense.scores.score,
             held_back_loss: self.dense.held_back_loss,

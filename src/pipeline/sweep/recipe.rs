@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
+use crate::bundle::Variants;
 use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 use crate::hub::HubName;
@@ -24,6 +25,10 @@ use super::super::strategies::check_strategies;
 pub struct Sweep {
     /// The dense model: a folder, one `.onnx` decoder, or `hf:OWNER/NAME[@REVISION]`.
     pub model: PathBuf,
+    /// Precision variant of every component of the model, such as `fp16` or `q4`, or one for each that is named, as in
+    /// `decoder=q4,vision_encoder=fp16`; the most precise ones by default. `sweep --variant` overrides it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<Variants>,
     /// Folder for everything that the sweep makes; `sweep -o` overrides it.
     pub output: PathBuf,
     /// `cpu`, `cuda` or `cuda:N`.
@@ -274,6 +279,7 @@ mod tests {
     fn invalid_sweep_files_are_refused_with_a_reason() {
         let cases = [
             ("[0.1, 0.25]", "[]", "`drop_ratios` is empty"),
+            ("model = \"model\"", "model = \"model\"\nvariant = \"int4\"", "writes the variant `q4`"),
             ("[0.1, 0.25]", "[0.1, 1.5]", "drop ratio 1.5"),
             ("[0.1, 0.25]", "[0.1, 0.1]", "0.1 twice"),
             ("\"interlace-loss\"", "\"magic\"", "strategy `magic`"),

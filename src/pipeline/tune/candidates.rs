@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::analysis;
 use crate::base::{Error, Provenance, Result, ScratchDir, sha256_json};
-use crate::bundle::{Bundle, BundleWriter, Deepstack, ModelSource, Record, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, Deepstack, Record, Role, Tower};
 use crate::data::{DataOptions, DataPart, Processor, Sample};
 use crate::eval::{PictureSettings, Spread, StageOptions, StageTimes, stage_times};
 use crate::finetune;
@@ -124,7 +124,7 @@ impl HeldBack {
     ///
     /// Errors: as `AnswerMeter`.
     pub fn loss_of(&self, stages: &Stages, model: &Finished) -> Result<f64> {
-        let bundle = Bundle::open(&model.path)?;
+        let bundle = model.model().open()?;
         let mut meter = AnswerMeter::open(&bundle, &stages.runtime()?, stages.features())?;
         let answers = meter.answers(encoded(&Processor::open(&bundle)?, &self.samples), stages.cancel)?;
         meter.loss(&answers, &[], stages.cancel)
@@ -139,7 +139,8 @@ struct Changes<'a> {
     keys: &'a serde_json::Map<String, serde_json::Value>,
 }
 
-/// Writes the model of a combination into the work folder, unless it is there.
+/// Writes the model of a combination into the work folder, unless it is there; the unchanged model where the combination leaves
+/// out image tokens alone, which [`with_fewer_tokens`] does.
 ///
 /// Errors: as `steps::prune` and `BundleWriter::set_pictures`.
 pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Result<Finished> {
@@ -148,8 +149,13 @@ pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Res
         tower: &predictor.choice(1, point).dropped,
         keys: &predictor.choice(2, point).keys,
     };
+    if changes.decoder.is_empty() && changes.tower.is_empty() && changes.keys.is_empty() {
+        return Ok(stages.dense_as_made());
+    }
     let step = format!("model-{}", short(&sha256_json(&changes)?));
     let digest = stages.dense.digest.clone();
+    let inputs = BTreeMap::from([("model".to_string(), digest.clone())]);
+    let head = stages.named(Provenance::new(Record::SCHEMA_VERSION, inputs, &changes)?);
     let (bundle, folder) = (stages.bundle.clone(), stages.store.folder().to_path_buf());
     let done = stages.store.step(&step, &step, &[("model", &digest)], &changes, |target| {
         let scratch = ScratchDir::create_in(&folder)?;
@@ -167,8 +173,7 @@ pub fn made(stages: &mut Stages, predictor: &Predictor, point: TunePoint) -> Res
         }
         let mut writer = BundleWriter::create(&model, target)?;
         writer.set_pictures(changes.keys)?;
-        let inputs = BTreeMap::from([("model".to_string(), digest.clone())]);
-        writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &changes)?)
+        writer.commit(head)
     })?;
     stages.report_step(&step, &done);
     Ok(done)
@@ -187,7 +192,7 @@ pub fn with_fewer_tokens(
     let Some(keep) = predictor.choice(2, point).keep_image_tokens else { return Ok(model) };
     let step = format!("tokens-{}", short(&sha256_json(&(&model.digest, keep))?));
     let done = stages.store.step(&step, &step, &[("model", &model.digest)], &keep, |target| {
-        steps::keep_image_tokens(&Bundle::open(&model.path)?, keep, target).map(drop)
+        steps::keep_image_tokens(&model.model().open()?, keep, target).map(drop)
     })?;
     stages.report_step(&step, &done);
     Ok(done)
@@ -258,7 +263,7 @@ pub fn measured(
     question: &Sample,
     options: &StageOptions,
 ) -> Result<(Figures, Figures)> {
-    let models = [ModelSource::from(model.path.as_path()), ModelSource::from(stages.model)];
+    let models = [model.model(), stages.model.clone()];
     let own = [PictureSettings::default()];
     let times = stage_times(&models, &own, question, options, &stages.runtime()?, stages.cancel)?;
     let figures = |times: &[StageTimes], size_bytes: u64| {
@@ -266,7 +271,7 @@ pub fn measured(
         let step = median(|times| times.step_ms).max(f64::MIN_POSITIVE);
         Figures { ttft_ms: median(|times| times.ttft_ms), tokens_per_s: 1000.0 / step, size_bytes }
     };
-    let size = size_bytes(&Bundle::open(&model.path)?)?;
+    let size = size_bytes(&model.model().open()?)?;
     Ok((figures(&times[0][0], size), figures(&times[1][0], size_bytes(&stages.bundle)?)))
 }
 

@@ -119,7 +119,7 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
     let thin = scratch.path().join("thin");
     let first = Drop::Layers { tower: Tower::Text, layers: &fewer.dropped };
     steps::prune(&stages.bundle, &first, Deepstack::Keep, None, &thin)?;
-    let mut models = vec![ModelSource::from(stages.model), ModelSource::from(thin.as_path())];
+    let mut models = vec![stages.model.clone(), ModelSource::from(thin.as_path())];
     let thinner = scratch.path().join("thinner");
     if let Some(choice) = thin_tower {
         let second = Drop::Layers { tower: Tower::Vision, layers: &choice.dropped };
@@ -151,7 +151,7 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         budgets.push(budget_costs(*pictures, &times[0][at], &times[1][at], &counts));
     }
     let inputs = BTreeMap::from([("model".to_string(), stages.dense.digest.clone())]);
-    let provenance = Provenance::new(Costs::SCHEMA_VERSION, inputs, options)?;
+    let provenance = stages.named(Provenance::new(Costs::SCHEMA_VERSION, inputs, options)?);
     Ok(Costs {
         provenance,
         device: stages.device.to_string(),

@@ -213,7 +213,7 @@ pub fn measure(stages: &mut Stages, settings: &QualitySettings, calibration: &Ca
         axes.push(choices);
     }
     let Measuring { tower_layers, notes, .. } = measuring;
-    let provenance = Provenance::new(Quality::SCHEMA_VERSION, inputs, settings)?;
+    let provenance = stages.named(Provenance::new(Quality::SCHEMA_VERSION, inputs, settings)?);
     Ok(Quality { provenance, samples: count, question, loss, axes, tower_layers, notes })
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, read_json, table, write_json};
-use crate::bundle::{Bundle, BundleWriter, Record};
+use crate::bundle::{BundleWriter, ModelSource, Record, variant_flag};
 use crate::data::{DataPart, Sample};
 use crate::eval::StageOptions;
 use crate::pipeline::recipe::Calibration;
@@ -34,7 +34,7 @@ const MARGIN: f64 = 0.98;
 /// Input of a tuning.
 pub struct Tune<'a> {
     /// The model.
-    pub model: &'a Path,
+    pub model: &'a ModelSource,
     /// Calibration data with its draw.
     pub calibration: Calibration,
     /// Calibration samples at most, and as many held-back ones.
@@ -90,7 +90,7 @@ fn tuned(tune: &Tune, healer: Option<Healer>, cancel: &Cancel, on_step: &mut dyn
         if output.exists() {
             return Err(Error::invalid(format!("output `{}`", output.display()), "exists").remedy("name a new folder"));
         }
-        Bundle::open(tune.model)?.check_output(output)?;
+        tune.model.open()?.check_output(output)?;
     }
     if tune.output.is_none() && !tune.work.join(format!("{COSTS}.json")).is_file() {
         return Err(nothing_stored(tune.work));
@@ -144,10 +144,21 @@ impl Search<'_, '_> {
             }
             // Another file than a run recorded is measured again.
             let Ok(head) = read_json::<Provenance>(&path, version) else { continue };
-            if head.inputs.get("model") != Some(&self.stages.dense.digest) {
-                return Err(Error::invalid(format!("`{}`", path.display()), "holds measurements of another model")
-                    .remedy("name another folder with `--work`"));
+            let bundle = &self.stages.bundle;
+            let (theirs, own) = (head.variants.get("model").map(String::as_str), bundle.chosen_variants());
+            let same = head.inputs.get("model") == Some(&self.stages.dense.digest);
+            if same && theirs == own {
+                continue;
             }
+            // Of one commit on the hub, other variants are other files.
+            let of_one_commit = bundle.hub_name().is_some_and(|name| head.hub.get("model") == Some(&name));
+            let problem = match theirs != own && (same || of_one_commit) {
+                true => format!("holds measurements with {}, not with {}", variant_flag(theirs), variant_flag(own)),
+                false => "holds measurements of another model".to_string(),
+            };
+            return Err(
+                Error::invalid(format!("`{}`", path.display()), problem).remedy("name another folder with `--work`")
+            );
         }
         Ok(())
     }
@@ -239,7 +250,7 @@ impl Search<'_, '_> {
         let mut inputs = quality.provenance.inputs.clone();
         inputs.retain(|name, _| name == "model" || name == "data");
         Ok(TuneReport {
-            provenance: Provenance::new(TuneReport::SCHEMA_VERSION, inputs, &self.recorded())?,
+            provenance: self.stages.named(Provenance::new(TuneReport::SCHEMA_VERSION, inputs, &self.recorded())?),
             targets: targets.clone(),
             costs: costs.clone(),
             whole: TunePlan::of(predictor, [0; 3]),
@@ -318,7 +329,8 @@ impl Search<'_, '_> {
             self.stages.note(&table(&report.candidate_cells()));
             return Err(missed(&self.tune.targets, report)?);
         };
-        let model = made.get(&report.candidates[number].plan.point).map(|model| model.path.clone()).unwrap_or_default();
+        let model = made.get(&report.candidates[number].plan.point).map(Finished::model);
+        let model = model.ok_or_else(|| Error::invalid("the chosen candidate", "was not made"))?;
         self.write(&model, report, output)
     }
 
@@ -390,7 +402,7 @@ impl Search<'_, '_> {
             })?;
             let scores = self.stages.store.folder().join("scores.json");
             let digest = crate::base::sha256_file(&scores)?;
-            let scores = Finished { path: scores, digest, reused: true };
+            let scores = Finished { path: scores, digest, reused: true, variants: None };
             model = heal(&mut self.stages, healer, healed, (predictor, point), &scores, &model)?;
         }
         let model = with_fewer_tokens(&mut self.stages, predictor, point, model)?;
@@ -410,11 +422,12 @@ impl Search<'_, '_> {
     }
 
     /// Writes the chosen candidate as the output, with a record of the tuning.
-    fn write(&self, model: &Path, report: &TuneReport, output: &Path) -> Result<()> {
+    fn write(&self, model: &ModelSource, report: &TuneReport, output: &Path) -> Result<()> {
         self.stages.cancel.check("the work folder keeps everything; the same call continues")?;
-        let bundle = Bundle::open(model)?;
+        let bundle = model.open()?;
         let writer = BundleWriter::create(&bundle, output)?;
-        writer.commit(Provenance::new(Record::SCHEMA_VERSION, report.provenance.inputs.clone(), &self.recorded())?)
+        let head = Provenance::new(Record::SCHEMA_VERSION, report.provenance.inputs.clone(), &self.recorded())?;
+        writer.commit(self.stages.named(head))
     }
 }
 

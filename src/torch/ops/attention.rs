@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, list_on, many};
 use crate::torch::operator::{MICROSOFT, Operator};
 use crate::torch::products::{lowered, product};
 
@@ -158,7 +158,7 @@ pub(super) fn visible(
     let j = Tensor::f_arange(columns, (Kind::Int64, device))?.f_unsqueeze(0)?;
     let place = match starts {
         [start] => i.f_add_scalar(*start)?,
-        _ => Tensor::f_from_slice(starts)?.f_to_device(device)?.f_reshape([-1i64, 1, 1, 1])?.f_add(&i)?,
+        _ => list_on(starts, device)?.f_reshape([-1i64, 1, 1, 1])?.f_add(&i)?,
     };
     let mut seen = if causal { j.f_le_tensor(&place)? } else { j.f_ge(0)?.f_logical_and(&place.f_ge(i64::MIN)?)? };
     if let Some(window) = window {
@@ -271,7 +271,7 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
             mask = Some(both(mask, visible(&starts, rows, columns, None, true, q.device())?)?);
         }
         if let Some(lengths) = &lengths {
-            let valid = Tensor::f_from_slice(lengths)?.f_to_device(q.device())?.f_reshape([-1i64, 1, 1, 1])?;
+            let valid = list_on(lengths, q.device())?.f_reshape([-1i64, 1, 1, 1])?;
             let places = Tensor::f_arange(columns, (Kind::Int64, q.device()))?;
             mask = Some(both(mask, places.f_lt_tensor(&valid)?)?);
         }

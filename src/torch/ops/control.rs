@@ -1,8 +1,8 @@
 //! Control flow: sub-graphs as blocks.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many};
+use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many, moved_to};
 use crate::torch::operator::{ALL, Operator};
 
 use super::shape::int_vector;
@@ -45,7 +45,7 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
             let inputs = turn(iteration, std::mem::take(&mut carried))?;
             let mut outputs = body.run(args, inputs)?.into_iter();
             let condition = outputs.next().ok_or_else(|| OpError::new("the body gives no condition"))?;
-            // A turn waits for the GPU where that computed the condition.
+            // Waits for a GPU only where that computed the condition.
             going = host_ints(&condition)?.first() == Some(&1);
             carried = outputs.by_ref().take(carried_count).collect();
             for (list, value) in scanned.iter_mut().zip(outputs) {
@@ -58,11 +58,20 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
                 let states = carried[..carried_count].iter().map(Tensor::shallow_clone).collect();
                 body.nothing(args, 1 + carried_count + place, 0, || turn(0, states))?
             } else {
-                Tensor::f_stack(&list, 0)?
+                stacked(&list, 0)?
             });
         }
         Ok(carried)
     })
+}
+
+/// What the turns gave, along a new axis. In a program on a GPU, the first ones may be on the host.
+fn stacked(list: &[Tensor], axis: i64) -> OpResult<Tensor> {
+    let Some(device) = list.iter().map(Tensor::device).find(|device| *device != Device::Cpu) else {
+        return Ok(Tensor::f_stack(list, axis)?);
+    };
+    let list: Vec<Tensor> = list.iter().map(|tensor| moved_to(tensor, device)).collect::<Result<_, _>>()?;
+    Ok(Tensor::f_stack(&list, axis)?)
 }
 
 /// Inputs of a loop's body: the iteration number, a true condition, and the loop-carried values.
@@ -134,7 +143,7 @@ fn scan(b: &mut Build) -> OpResult<Kernel> {
                 continue;
             };
             let axis = axis_of(axis, first.dim() + 1)?;
-            carried.push(Tensor::f_stack(&stack, axis)?);
+            carried.push(stacked(&stack, axis)?);
         }
         Ok(carried)
     })

@@ -2,14 +2,16 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, one};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, one, own_ints};
 use crate::torch::operator::{MICROSOFT, Operator};
 use crate::torch::products::product;
 
 use super::quantized::unpack;
 
-pub(super) const ROWS: &[Operator] =
-    &[Operator::new(MICROSOFT, "MoE", 1, mixture).grad(), Operator::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new(MICROSOFT, "MoE", 1, mixture).waits().grad(),
+    Operator::new(MICROSOFT, "QMoE", 1, quantised_mixture).waits(),
+];
 
 /// Activation of an expert between its products.
 #[derive(Clone, Copy)]
@@ -172,9 +174,11 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     }
     let shares = shares.f_to_kind(x.f_kind()?)?.f_reshape([-1])?;
     let mut out = Tensor::f_zeros([rows, width], (x.f_kind()?, x.device()))?;
-    // Sorted by expert, so that one read on the host says how many rows each expert has.
+    // Sorted by expert, so that one read on the host says how many rows each expert has. `bincount` would read twice more:
+    // the least and the largest number.
     let picked = picked.f_reshape([-1])?;
-    let counts = Vec::<i64>::try_from(picked.f_bincount::<Tensor>(None, experts)?)?;
+    let counts = Tensor::f_zeros([experts], (Kind::Int64, x.device()))?;
+    let counts = own_ints(&counts.f_scatter_add(0, &picked, &picked.f_ones_like()?)?)?;
     let (_, sorted) = picked.f_sort_stable(true, 0, false)?;
     let mut start = 0;
     for (expert, count) in (0..experts).zip(counts) {

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, list_on, many, moved_to};
 use crate::torch::operator::{MICROSOFT, Operator};
 
 use super::attention::{Spec, attend, heads_last, to_bias, visible};
@@ -94,7 +94,7 @@ fn run(args: &Args, s: &GqaSettings) -> OpResult<Vec<Tensor>> {
             Some(positions) => positions.f_reshape([-1, rows])?,
             None => {
                 let starts = Tensor::f_from_slice(&starts)?.f_unsqueeze(1)?;
-                starts.f_add(&Tensor::f_arange(rows, (Kind::Int64, tch::Device::Cpu))?)?.f_to_device(q.device())?
+                moved_to(&starts.f_add(&Tensor::f_arange(rows, (Kind::Int64, tch::Device::Cpu))?)?, q.device())?
             }
         };
         let angles = |cache: &Tensor| -> OpResult<Tensor> { Ok(by_position(cache, &positions)?.f_unsqueeze(2)?) };
@@ -118,7 +118,7 @@ fn run(args: &Args, s: &GqaSettings) -> OpResult<Vec<Tensor>> {
             shown
         } else {
             let places = Tensor::f_arange(columns, (Kind::Int64, q.device()))?;
-            let ends = Tensor::f_from_slice(&totals)?.f_to_device(q.device())?.f_reshape([-1i64, 1, 1, 1])?;
+            let ends = list_on(&totals, q.device())?.f_reshape([-1i64, 1, 1, 1])?;
             shown.f_logical_and(&places.f_lt_tensor(&ends)?)?
         };
         mask = Some(match bias {

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, host_ints, many, one};
+use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, host_ints, list_on, many, one};
 use crate::torch::operator::Operator;
 
 pub(super) const ROWS: &[Operator] = &[
@@ -135,7 +135,7 @@ fn compress(b: &mut Build) -> OpResult<Kernel> {
         let x = args.get(0)?;
         let chosen: Vec<i64> =
             args.ints_required(1)?.iter().enumerate().filter(|(_, keep)| **keep != 0).map(|(i, _)| i as i64).collect();
-        let index = Tensor::f_from_slice(&chosen)?.f_to_device(x.device())?;
+        let index = list_on(&chosen, x.device())?;
         match axis {
             Some(axis) => Ok(x.f_index_select(axis_of(axis, x.dim())?, &index)?),
             None => Ok(x.f_reshape([-1i64])?.f_index_select(0, &index)?),

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, axis_of, list_on, many, one};
 use crate::torch::operator::{ALL, Operator};
 
 pub(super) const ROWS: &[Operator] = &[
@@ -121,7 +121,7 @@ fn pad_axis(x: &Tensor, axis: i64, before: i64, after: i64, mode: &str, value: f
         }
     };
     let index: Vec<i64> = (-before..size + after).map(source).collect::<OpResult<_>>()?;
-    let index = Tensor::f_from_slice(&index)?.f_to_device(cut.device())?;
+    let index = list_on(&index, cut.device())?;
     Ok(cut.f_index_select(axis, &index)?)
 }
 
@@ -176,7 +176,7 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResul
             let (start, end) = (place(start).clamp(0, (size - 1).max(0)), place(end).clamp(-1, size - 1));
             let count = if size > 0 && start > end { (start - end - 1) / step.saturating_neg() + 1 } else { 0 };
             let index: Vec<i64> = (0..count).map(|i| start + i * step).collect();
-            let index = Tensor::f_from_slice(&index)?.f_to_device(x.device())?;
+            let index = list_on(&index, x.device())?;
             Ok(x.f_index_select(axis, &index)?)
         }
     }

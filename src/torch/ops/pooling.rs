@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
+use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, list_on, one};
 use crate::torch::operator::Operator;
 
 use super::convolution::{Window, pad_list};
@@ -181,7 +181,7 @@ fn grid_sample(b: &mut Build) -> OpResult<Kernel> {
 /// selects another pixel when the reflection turns an even number into an odd one.
 fn at_pixels(grid: &Tensor, size: &[i64]) -> OpResult<Tensor> {
     let lengths: Vec<f64> = size.iter().rev().map(|&length| length as f64).collect();
-    let lengths = Tensor::f_from_slice(&lengths)?.f_to_kind(grid.f_kind()?)?.f_to_device(grid.device())?;
+    let lengths = list_on(&lengths, grid.device())?.f_to_kind(grid.f_kind()?)?;
     let pixel = grid.f_add_scalar(1.0)?.f_mul(&lengths)?.f_sub_scalar(1.0)?.f_div_scalar(2.0)?.f_round()?;
     Ok(pixel.f_mul_scalar(2.0)?.f_add_scalar(1.0)?.f_div(&lengths)?.f_sub_scalar(1.0)?)
 }

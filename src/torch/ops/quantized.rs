@@ -339,8 +339,7 @@ pub(super) fn unpack(packed: &Tensor, bits: i64) -> OpResult<Tensor> {
     }
     let parts: Vec<Tensor> = (0..8 / bits)
         .map(|part| -> OpResult<Tensor> {
-            let shift = Tensor::f_from_slice(&[(part * bits) as u8])?.f_to_device(packed.device())?;
-            Ok(packed.f_bitwise_right_shift(&shift)?.f_bitwise_and((1i64 << bits) - 1)?)
+            Ok(packed.f_bitwise_right_shift_tensor_scalar(part * bits)?.f_bitwise_and((1i64 << bits) - 1)?)
         })
         .collect::<OpResult<_>>()?;
     Ok(Tensor::f_stack(&parts, -1)?.f_flatten(-2, -1)?)

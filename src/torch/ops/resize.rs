@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, one};
+use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, list_on, moved_to, one};
 use crate::torch::operator::{ALL, Operator};
 
 pub(super) const ROWS: &[Operator] = &[Operator::new("", "Resize", 11, resize).host(ALL & !1).grad()];
@@ -111,7 +111,7 @@ fn run_resize(args: &Args, s: &ResizeSettings) -> OpResult<Tensor> {
         let matrix = weights(size, target, scale, s)?;
         if s.interpolation == Interpolation::Nearest {
             let index: Vec<i64> = matrix.iter().map(|row| row.first().map_or(0, |entry| entry.0)).collect();
-            out = out.f_index_select(axis, &Tensor::f_from_slice(&index)?.f_to_device(x.device())?)?;
+            out = out.f_index_select(axis, &list_on(&index, x.device())?)?;
             continue;
         }
         if size.checked_mul(target).is_none_or(|count| count > 1 << 28) {
@@ -123,10 +123,8 @@ fn run_resize(args: &Args, s: &ResizeSettings) -> OpResult<Tensor> {
                 dense[row * size as usize + column as usize] += weight;
             }
         }
-        let matrix = Tensor::f_from_slice(&dense)?
-            .f_reshape([target, size])?
-            .f_to_kind(out.f_kind()?)?
-            .f_to_device(x.device())?;
+        let matrix = Tensor::f_from_slice(&dense)?.f_reshape([target, size])?.f_to_kind(out.f_kind()?)?;
+        let matrix = moved_to(&matrix, x.device())?;
         out = out.f_transpose(axis, -1)?.f_matmul(&matrix.f_transpose(0, 1)?)?.f_transpose(axis, -1)?;
     }
     if mixed || !changed { Ok(out.f_to_kind(kind)?) } else { to_integers(&out, kind, s.antialias) }

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
+use crate::torch::kernel::{Build, Kernel, OpError, OpResult, list_on, one};
 use crate::torch::operator::{MICROSOFT, Operator};
 
 use super::index::wrap;
@@ -141,7 +141,7 @@ fn rotary(b: &mut Build, form: Form) -> OpResult<Kernel> {
                             streams.len()
                         )));
                     }
-                    let index = Tensor::f_from_slice(streams)?.f_to_device(all.device())?;
+                    let index = list_on(streams, all.device())?;
                     all.f_gather(
                         0,
                         &index.f_reshape([1, 1, 1, half])?.f_expand([1, batch, steps, half], false)?,

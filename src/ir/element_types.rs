@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::ir::{Attribute, Body, DataType, Model, Node, ValueId};
+use super::{Attribute, Body, DataType, Model, Node, Value, ValueId};
 
 /// Where an operator's element types come from. Other operators give the type of their first input.
 enum From {
@@ -46,8 +46,12 @@ const OPERATORS: &[(&str, From)] = &[
     ("EyeLike", From::Attribute("dtype")),
     ("GatherBlockQuantized", From::Input(2)),
     ("MatMulInteger", From::Fixed(DataType::Int32)),
+    ("MatMulIntegerToFloat", From::Input(2)),
     ("NonZero", From::Fixed(DataType::Int64)),
     ("OneHot", From::Input(2)),
+    ("QAttention", From::Input(3)),
+    ("QLinearConv", From::Input(7)),
+    ("QLinearMatMul", From::Input(7)),
     ("QuantizeLinear", From::Input(2)),
     ("RandomNormal", From::AttributeOrFloat("dtype")),
     ("RandomNormalLike", From::Attribute("dtype")),
@@ -62,9 +66,10 @@ const OPERATORS: &[(&str, From)] = &[
     ("Where", From::Input(1)),
 ];
 
-/// The types of the graph's values, those that a file declares and those that follow from the operators.
-pub(super) fn element_types(model: &Model) -> HashMap<ValueId, DataType> {
-    let declared = |(at, value): (usize, &crate::ir::Value)| Some((at, value.ty.as_ref()?.dtype()?));
+/// The types of the graph's values, in bodies too: those that a file declares and those that follow from the operators. Values of
+/// which neither says it are left out.
+pub fn element_types(model: &Model) -> HashMap<ValueId, DataType> {
+    let declared = |(at, value): (usize, &Value)| Some((at, value.ty.as_ref()?.dtype()?));
     let declared: HashMap<usize, DataType> = model.graph.values.iter().enumerate().filter_map(declared).collect();
     let mut types = HashMap::new();
     visit(&model.graph.body, &declared, &mut types);
@@ -87,15 +92,20 @@ fn visit(body: &Body, declared: &HashMap<usize, DataType>, types: &mut HashMap<V
     }
 }
 
-/// Gives the inputs of a loop's body the types of the values that are carried into them.
+/// Gives the inputs of a body the types of the values that are carried or cut into them.
 fn carry_in(node: &Node, types: &mut HashMap<ValueId, DataType>) {
-    if node.op_type != "Loop" {
+    let is_loop = node.op_type == "Loop";
+    if !is_loop && node.op_type != "Scan" {
         return;
     }
     for inner in node.bodies() {
-        types.extend(inner.inputs.first().map(|&id| (id, DataType::Int64)));
-        types.extend(inner.inputs.get(1).map(|&id| (id, DataType::Bool)));
-        for (&id, outer) in inner.inputs.iter().skip(2).zip(node.inputs.iter().skip(2)) {
+        let mut skipped = 0;
+        if is_loop {
+            types.extend(inner.inputs.first().map(|&id| (id, DataType::Int64)));
+            types.extend(inner.inputs.get(1).map(|&id| (id, DataType::Bool)));
+            skipped = 2;
+        }
+        for (&id, outer) in inner.inputs.iter().zip(&node.inputs).skip(skipped) {
             let dtype = outer.and_then(|outer| types.get(&outer).copied());
             types.extend(dtype.map(|dtype| (id, dtype)));
         }
