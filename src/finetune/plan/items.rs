@@ -252,7 +252,9 @@ fn activations(plan: &RunPlan, inputs: &PlanInputs<'_>) -> (u64, String) {
             (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
             (_, false) => sum,
         };
-    let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
+    // A pass may have the samples with the largest share of answers alone, but no more answers than there are.
+    let most = (tokens as f64 * plan.data.answer_share).ceil() as u64;
+    let answers = most.min(plan.data.answer_tokens);
     let looks = inputs.settings.looks_at_answers();
     let logits = if looks { (4 * LOGIT_COPIES * answers).saturating_mul(sizes.vocabulary) } else { 0 };
     let formula =

@@ -127,6 +127,9 @@ pub struct PlannedData {
     pub tokens: u64,
     /// Number of answer tokens, over which losses on answers are averaged.
     pub answer_tokens: u64,
+    /// Largest share of answer tokens in a sample, from 0 to 1.
+    #[serde(default)]
+    pub answer_share: f64,
     /// Tokens of the longest sample.
     pub longest_tokens: u64,
     /// Image tokens of all samples.

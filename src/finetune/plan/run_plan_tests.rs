@@ -76,10 +76,29 @@ fn planned(
     (fitted, fit_points, sessions): (&[FitTarget], &[Point], Sessions),
     on_gpu: bool,
 ) -> RunPlan {
-    let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
     let (samples, tokens, answer_tokens, longest_tokens) = (2400, 2_400_000, 240_000, 1500);
     let (image_tokens, image_share, estimated) = (0, 0.0, true);
-    let data = PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated };
+    let answer_share = 0.1;
+    let data = PlannedData {
+        samples,
+        tokens,
+        answer_tokens,
+        answer_share,
+        longest_tokens,
+        image_tokens,
+        image_share,
+        estimated,
+    };
+    with_data(data, (settings, sizes, limits), (fitted, fit_points, sessions), on_gpu)
+}
+
+fn with_data(
+    data: PlannedData,
+    (settings, sizes, limits): (&Settings, &Sizes, Limits),
+    (fitted, fit_points, sessions): (&[FitTarget], &[Point], Sessions),
+    on_gpu: bool,
+) -> RunPlan {
+    let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
     let inputs = PlanInputs {
         device: if on_gpu { Device::Cuda(0) } else { Device::Cpu },
         cores: 16,
@@ -431,4 +450,29 @@ fn limits_of_any_size_are_planned() {
             assert!(plan.workers >= 1 && plan.threads >= 1);
         }
     }
+}
+
+/// 31 answers of one word and one of 300 tokens: the pass that has the long one needs logits of all of it, and no pass has
+/// more answers than there are.
+#[test]
+fn logits_are_counted_for_the_sample_with_the_largest_share_of_answers() {
+    let sizes = eight_billion(true);
+    let of = |answer_share: f64, answer_tokens: u64| {
+        let data = PlannedData {
+            samples: 32,
+            tokens: 31 * 40 + 400,
+            longest_tokens: 400,
+            answer_tokens,
+            answer_share,
+            ..PlannedData::default()
+        };
+        let plan =
+            with_data(data, (&Settings::default(), &sizes, Limits::default()), (&[], &[], Sessions::default()), false);
+        let activations = plan.bytes.iter().find(|item| item.what == "activations").unwrap().bytes;
+        (plan.batch_tokens, activations)
+    };
+    let logits = |answers: u64| 16 * answers * sizes.vocabulary;
+    let ((tokens, none), (_, ragged), (_, all)) = (of(0.0, 0), of(0.75, 331), of(0.75, 100_000));
+    assert!(ragged - none >= logits(300) && ragged - none <= logits(331), "{}", (ragged - none) / logits(1));
+    assert_eq!(all - none, logits(tokens * 3 / 4));
 }

@@ -261,20 +261,30 @@ const ESTIMATED_FROM: usize = 64;
 pub fn estimated(source: &dyn Source, bundle: &Bundle) -> Result<PlannedData> {
     let image_token = bundle.config().and_then(|config| config.image_token_id);
     let (mut seen, mut tokens, mut answers, mut longest, mut image) = (0u64, 0u64, 0u64, 0u64, 0u64);
-    let mut image_share = 0f64;
+    let (mut image_share, mut answer_share) = (0f64, 0f64);
     for sample in source.samples()?.take(ESTIMATED_FROM) {
         let sample = sample?;
         let length = sample.prompt.input_ids.len() as u64;
         let own = sample.prompt.input_ids.iter().filter(|&&id| Some(id) == image_token).count() as u64;
         (image, image_share) = (image + own, image_share.max(own as f64 / length.max(1) as f64));
         (seen, tokens, longest) = (seen + 1, tokens + length, longest.max(length));
-        answers += sample.answer_mask.iter().filter(|answer| **answer).count() as u64;
+        let own = sample.answer_mask.iter().filter(|answer| **answer).count() as u64;
+        (answers, answer_share) = (answers + own, answer_share.max(own as f64 / length.max(1) as f64));
     }
     let samples = source.count();
     let all = |some: u64| (u128::from(some) * u128::from(samples) / u128::from(seen.max(1))) as u64;
     let (tokens, answer_tokens, image_tokens) = (all(tokens), all(answers), all(image));
     let (longest_tokens, estimated) = (longest, true);
-    Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens, image_tokens, image_share, estimated })
+    Ok(PlannedData {
+        samples,
+        tokens,
+        answer_tokens,
+        answer_share,
+        longest_tokens,
+        image_tokens,
+        image_share,
+        estimated,
+    })
 }
 
 /// Plans a run without running it: trained layers, order, data, memory and disk.

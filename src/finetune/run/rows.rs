@@ -104,6 +104,7 @@ fn planned_data(dataset: &TrainingSet, estimate: &PlannedData) -> PlannedData {
         image_tokens: if counted > 0 { counted } else { scaled as u64 },
         image_share: examples.iter().map(share).fold(if counted > 0 { 0.0 } else { estimate.image_share }, f64::max),
         answer_tokens: examples.iter().map(|example| example.answers as u64).sum(),
+        answer_share: examples.iter().map(|e| e.answers as f64 / e.length.max(1) as f64).fold(0.0, f64::max),
         longest_tokens: examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
         estimated: false,
     }
