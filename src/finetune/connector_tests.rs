@@ -11,7 +11,7 @@ use crate::finetune::data::{LazySession, RowDtype, RowStore, TrainingBatch, Trai
 use crate::finetune::plan::PlannedBytes;
 use crate::finetune::settings::Lora;
 use crate::finetune::student::Student;
-use crate::ir::{Dim, Node, Value, ValueId};
+use crate::ir::{DataType, Dim, Node, Value, ValueId, ValueType};
 use crate::onnx::Storage;
 use crate::runtime::{Decoder, Runtime, SessionOptions, Step, VlmSession};
 use crate::torch::Hold;

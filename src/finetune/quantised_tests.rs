@@ -9,7 +9,7 @@ use super::*;
 use crate::finetune::cut::Cut;
 use crate::finetune::plan::Sizes;
 use crate::finetune::settings::Lora;
-use crate::ir::ValueId;
+use crate::ir::{AttributeKind, DataType, ValueId};
 
 use crate::quantised::{Activations, QuantisedWeight, float_products, requantised, with_floats};
 use crate::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step};
