@@ -1,9 +1,11 @@
 //! Types of argument values that several verbs use.
 
+use std::num::IntErrorKind;
 use std::path::Path;
 
 use crate::base;
 use crate::bundle::{ModelSource, Variants};
+use crate::eval::MOST_COUNT;
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
 
 use super::context::Context;
@@ -125,10 +127,43 @@ pub fn part(text: &str) -> Result<f64, String> {
     }
 }
 
+/// The longest edge of a picture in pixels.
+const MOST_EDGE: usize = 1 << 14;
+
+/// The most threads, and the most tiles of a picture.
+const MOST_PARTS: usize = 1 << 12;
+
 /// A positive integer.
 pub fn positive(text: &str) -> Result<usize, String> {
+    whole(text, usize::MAX)
+}
+
+/// A number of tokens, samples of a batch or rounds, which become the length of a list or of a loop.
+pub fn count(text: &str) -> Result<usize, String> {
+    whole(text, MOST_COUNT)
+}
+
+/// An edge of a picture in pixels.
+pub fn edge(text: &str) -> Result<usize, String> {
+    whole(text, MOST_EDGE)
+}
+
+/// A number of pixels that pictures are enlarged to.
+pub fn pixels(text: &str) -> Result<usize, String> {
+    whole(text, MOST_EDGE * MOST_EDGE)
+}
+
+/// A number of threads or tiles.
+pub fn parts(text: &str) -> Result<usize, String> {
+    whole(text, MOST_PARTS)
+}
+
+/// A whole number from 1 to `most`.
+fn whole(text: &str, most: usize) -> Result<usize, String> {
     match text.parse::<usize>() {
+        Ok(value) if value > most => Err(format!("must be at most {most}")),
         Ok(value) if value > 0 => Ok(value),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Err(format!("must be at most {most}")),
         _ => Err("must be a whole number above 0".to_string()),
     }
 }
@@ -196,5 +231,12 @@ mod tests {
         for bad in ["0", "-1", "1.5", ""] {
             assert_eq!(positive(bad), Err("must be a whole number above 0".to_string()), "{bad}");
         }
+        assert_eq!((count("16777216"), edge("16384"), parts("4096")), (Ok(1 << 24), Ok(1 << 14), Ok(1 << 12)));
+        for over in ["16777217", "9223372036854775807", "18446744073709551616"] {
+            assert_eq!(count(over), Err("must be at most 16777216".to_string()), "{over}");
+            assert_eq!(edge(over), Err("must be at most 16384".to_string()), "{over}");
+            assert_eq!(parts(over), Err("must be at most 4096".to_string()), "{over}");
+        }
+        assert_eq!(positive("18446744073709551616"), Err(format!("must be at most {}", usize::MAX)));
     }
 }

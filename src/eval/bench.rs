@@ -16,6 +16,9 @@ use super::probe::{noise_text, picture_prompt, token_ids};
 use super::run::LoadedModel;
 use super::stats::Spread;
 
+/// The most tokens, samples of a batch or rounds: more than any model has room for, or anyone waits for.
+pub const MOST_COUNT: usize = 1 << 24;
+
 /// Settings of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -188,7 +191,7 @@ struct Times {
 /// Measures a model and, in alternation, a baseline. `memory` returns a model's peak memory, measured in a separate
 /// process (see [`peak_memory`]); without it the report has no such figure.
 ///
-/// Errors: `Error::Invalid` when a count is zero or a model does not load; `Error::Engine` when a run fails;
+/// Errors: `Error::Invalid` when a count is zero or above [`MOST_COUNT`], or a model does not load; `Error::Engine` when a run fails;
 /// `Error::Interrupted` when the user asked to stop.
 pub fn bench(
     model: &ModelSource,
@@ -279,6 +282,10 @@ fn check(options: &BenchOptions) -> Result<()> {
     {
         if value == 0 {
             return Err(Error::invalid(format!("`{name}`"), "is 0, expected at least 1").remedy("give a larger number"));
+        }
+        if value > MOST_COUNT {
+            let problem = format!("is {value}, expected at most {MOST_COUNT}");
+            return Err(Error::invalid(format!("`{name}`"), problem).remedy("give a smaller number"));
         }
     }
     Ok(())
@@ -392,7 +399,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zero_tokens_or_rounds_are_refused() {
+    fn counts_out_of_range_are_refused() {
         for (options, name) in [
             (BenchOptions { prompt_tokens: 0, ..BenchOptions::default() }, "prompt_tokens"),
             (BenchOptions { new_tokens: 0, ..BenchOptions::default() }, "new_tokens"),
@@ -402,6 +409,9 @@ mod tests {
             assert!(error.starts_with(&format!("`{name}`: is 0, expected at least 1")), "{error}");
         }
         check(&BenchOptions::default()).expect("the defaults");
+        let endless = BenchOptions { prompt_tokens: usize::MAX, ..BenchOptions::default() };
+        let error = check(&endless).expect_err("a prompt without end").to_string();
+        assert!(error.contains("`prompt_tokens`: is 18446744073709551615, expected at most 16777216"), "{error}");
     }
 
     #[test]
