@@ -86,6 +86,7 @@ pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome
         &args.variant.source(&args.model, context)?,
         &Runtime::new(args.load.device)?,
         &args.load.options(),
+        &context.cancel,
     )?;
     context.output.line(bytes)?;
     Ok(Outcome::Done)
@@ -106,7 +107,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         if let Some(threads) = load.threads {
             command.args(["--threads", &threads.to_string()]);
         }
-        eval::peak_memory_of_child(&mut command)
+        eval::peak_memory_of_child(&mut command, &context.cancel)
     };
     let model = args.variant.source(&args.model, context)?;
     let baseline = args.baseline.map(|path| ModelSource::find(&path, args.baseline_variant, &context.cancel));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use crate::analysis::{self, LayerMap};
-use crate::base::{Error, Progress, Result, ScratchDir, human_bytes, notice};
+use crate::base::{Cancel, Error, Progress, Result, ScratchDir, human_bytes, notice};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{Graph, Model};
 use crate::onnx::{self, Storage};
@@ -58,7 +58,7 @@ pub(super) fn allocate(
     let parts: Vec<Part> =
         graphs.iter().enumerate().flat_map(|(number, graph)| parts_of(number, graph, settings)).collect();
     let divergence = Divergence::open(bundle, calibration, &scratch.join("reference"))?;
-    let mut search = Search { graphs, parts, settings, divergence, scratch };
+    let mut search = Search { graphs, parts, settings, divergence, scratch, cancel: calibration.cancel };
     let rows = search.measure_parts()?;
     let all_int4 = vec![WeightForm::Int4; rows.len()];
     let int4_kl = search.measure(&all_int4)?;
@@ -176,6 +176,7 @@ struct Search<'a> {
     settings: &'a PrecisionSettings,
     divergence: Divergence<'a>,
     scratch: &'a Path,
+    cancel: &'a Cancel,
 }
 
 impl Search<'_> {
@@ -218,7 +219,8 @@ impl Search<'_> {
                 continue;
             }
             let (settings, file) = (self.settings, graph.component.file.as_str());
-            let work = Work { model: graph.model.clone(), settings, forms: &own, ranges: &ranges, scratch, file };
+            let (model, ranges, cancel) = (graph.model.clone(), &ranges, self.cancel);
+            let work = Work { model, settings, forms: &own, ranges, scratch, file, cancel };
             graphs.insert(graph.component.role, int4::single(work)?.model);
         }
         Ok(graphs)
