@@ -96,7 +96,12 @@ pub fn main(torch: RunTorchVerb) -> ! {
         }
         // Help and version are not errors; clap prints them to standard output.
         Err(error) => match error.print() {
-            _ if error.use_stderr() => 2,
+            _ if error.use_stderr() => {
+                if output::json_is_asked(std::env::args_os().skip(1)) {
+                    output::print_usage_error(&error.render().to_string());
+                }
+                2
+            }
             Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => 2,
             _ => 0,
         },

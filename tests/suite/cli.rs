@@ -105,13 +105,19 @@ fn with_json_errors_are_json_with_a_code() {
     for (arguments, code) in [
         (&["inspect", "nowhere", "--json"][..], "file"),
         (&["prune", &fixture("model"), "--drop", "99", "-o", "out", "--json"], "invalid"),
+        (&["--json", "polish"], "usage"),
+        (&["plan", "--json"], "usage"),
+        (&["prune", "model", "--drop", "two", "-o", "out", "--json"], "usage"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
         assert_eq!(found["error"]["code"], code, "{found}");
         let message = found["error"]["message"].as_str().expect("a message");
-        assert!(stderr(&output).contains(message), "{found}");
+        // The requirements of a usage error are lines of their own on standard error.
+        let words = |text: &str| text.replace("; ", " ").split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(!message.is_empty() && words(&stderr(&output)).contains(&words(message)), "{found}");
+        assert!(!message.contains("Usage:"), "{found}");
     }
 }
 
