@@ -101,16 +101,19 @@ pub fn fraction(text: &str) -> Result<f64, String> {
 /// Units of numbers besides those of sizes.
 const COUNT_UNITS: &[(&str, f64)] = &[("k", 1e3), ("M", 1e6), ("G", 1e9), ("B", 1.0)];
 
+/// The first amount that is refused as too large.
+const TOO_MUCH: f64 = 1e18;
+
 /// A positive integer, optionally with a unit: `1500000`, `1.5M`, `800MiB`.
 pub fn amount(text: &str) -> Result<u64, String> {
     let unit =
         base::BYTE_UNITS.iter().chain(COUNT_UNITS).find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
     let (number, factor) = unit.unwrap_or((text, 1.0));
     match number.parse::<f64>() {
-        Ok(value) if value > 0.0 && (1.0..1e18).contains(&(value * factor)) => Ok((value * factor) as u64),
-        _ => {
-            Err("must be a number above 0, with k, M, G, kB, MB, GB, KiB, MiB or GiB behind it or nothing".to_string())
-        }
+        Ok(value) if (1.0..TOO_MUCH).contains(&(value * factor)) => Ok((value * factor) as u64),
+        _ => Err(format!(
+            "must be a number from 1 to below {TOO_MUCH:e} in all, with k, M, G, kB, MB, GB, KiB, MiB or GiB behind it or nothing"
+        )),
     }
 }
 
@@ -214,9 +217,10 @@ mod tests {
         for (text, want) in cases {
             assert_eq!(amount(text), Ok(want), "{text}");
         }
-        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"] {
+        assert_eq!(amount("999999999GB"), Ok(999_999_999_000_000_000));
+        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB", "1EB", "1000000000GB", "18446744073709551616"] {
             let error = amount(bad).expect_err(bad);
-            assert!(error.starts_with("must be a number above 0, with k, M, G"), "{bad}: {error}");
+            assert!(error.starts_with("must be a number from 1 to below 1e18 in all, with k, M, G"), "{bad}: {error}");
         }
     }
 

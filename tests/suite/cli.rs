@@ -88,6 +88,13 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["eval", "model", "--data", "d", "-o", "o", "--max-new-tokens", "99999999"], "must be at most 16777216"),
         (&["score", "model", "--data", "d", "-o", "o", "--image-size", "100000000"], "must be at most 16384"),
         (&["tune", "model", "--data", "d", "-o", "o", "--rounds", "99999999"], "must be at most 16777216"),
+        (&["bench", "model", "-o", "b.json", "--rounds", "-1"], "must be a whole number above 0"),
+        (
+            &["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--epochs", "-1"],
+            "-1 is not in 0..=4294967295",
+        ),
+        (&["verify", "model", "--max-buffer", "-1"], "must be a number from 1 to below 1e18 in all"),
+        (&["verify", "model", "--max-buffer", "18446744073709551616"], "below 1e18"),
         (&["finetune", "model", "--data", "d", "-o", "o"], "--plan <FILE>|--layers <LAYERS>"),
         (&["finetune", "model", "--data", "d", "-o", "o", "--plan", "p", "--layers", "2"], "cannot be used with"),
         (&["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--lr", "fast"], "--learning-rate <LR>"),
