@@ -1,9 +1,11 @@
 //! Types of argument values that several verbs use.
 
+use std::num::IntErrorKind;
 use std::path::Path;
 
 use crate::base;
 use crate::bundle::{ModelSource, Variants};
+use crate::eval::MOST_COUNT;
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
 
 use super::context::Context;
@@ -99,16 +101,19 @@ pub fn fraction(text: &str) -> Result<f64, String> {
 /// Units of numbers besides those of sizes.
 const COUNT_UNITS: &[(&str, f64)] = &[("k", 1e3), ("M", 1e6), ("G", 1e9), ("B", 1.0)];
 
+/// The first amount that is refused as too large.
+const TOO_MUCH: f64 = 1e18;
+
 /// A positive integer, optionally with a unit: `1500000`, `1.5M`, `800MiB`.
 pub fn amount(text: &str) -> Result<u64, String> {
     let unit =
         base::BYTE_UNITS.iter().chain(COUNT_UNITS).find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
     let (number, factor) = unit.unwrap_or((text, 1.0));
     match number.parse::<f64>() {
-        Ok(value) if value > 0.0 && (1.0..1e18).contains(&(value * factor)) => Ok((value * factor) as u64),
-        _ => {
-            Err("must be a number above 0, with k, M, G, kB, MB, GB, KiB, MiB or GiB behind it or nothing".to_string())
-        }
+        Ok(value) if (1.0..TOO_MUCH).contains(&(value * factor)) => Ok((value * factor) as u64),
+        _ => Err(format!(
+            "must be a number from 1 to below {TOO_MUCH:e} in all, with k, M, G, kB, MB, GB, KiB, MiB or GiB behind it or nothing"
+        )),
     }
 }
 
@@ -125,10 +130,43 @@ pub fn part(text: &str) -> Result<f64, String> {
     }
 }
 
+/// The longest edge of a picture in pixels.
+const MOST_EDGE: usize = 1 << 14;
+
+/// The most threads, and the most tiles of a picture.
+const MOST_PARTS: usize = 1 << 12;
+
 /// A positive integer.
 pub fn positive(text: &str) -> Result<usize, String> {
+    whole(text, usize::MAX)
+}
+
+/// A number of tokens, samples of a batch or rounds, which become the length of a list or of a loop.
+pub fn count(text: &str) -> Result<usize, String> {
+    whole(text, MOST_COUNT)
+}
+
+/// An edge of a picture in pixels.
+pub fn edge(text: &str) -> Result<usize, String> {
+    whole(text, MOST_EDGE)
+}
+
+/// A number of pixels that pictures are enlarged to.
+pub fn pixels(text: &str) -> Result<usize, String> {
+    whole(text, MOST_EDGE * MOST_EDGE)
+}
+
+/// A number of threads or tiles.
+pub fn parts(text: &str) -> Result<usize, String> {
+    whole(text, MOST_PARTS)
+}
+
+/// A whole number from 1 to `most`.
+fn whole(text: &str, most: usize) -> Result<usize, String> {
     match text.parse::<usize>() {
+        Ok(value) if value > most => Err(format!("must be at most {most}")),
         Ok(value) if value > 0 => Ok(value),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Err(format!("must be at most {most}")),
         _ => Err("must be a whole number above 0".to_string()),
     }
 }
@@ -179,9 +217,10 @@ mod tests {
         for (text, want) in cases {
             assert_eq!(amount(text), Ok(want), "{text}");
         }
-        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"] {
+        assert_eq!(amount("999999999GB"), Ok(999_999_999_000_000_000));
+        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB", "1EB", "1000000000GB", "18446744073709551616"] {
             let error = amount(bad).expect_err(bad);
-            assert!(error.starts_with("must be a number above 0, with k, M, G"), "{bad}: {error}");
+            assert!(error.starts_with("must be a number from 1 to below 1e18 in all, with k, M, G"), "{bad}: {error}");
         }
     }
 
@@ -196,5 +235,12 @@ mod tests {
         for bad in ["0", "-1", "1.5", ""] {
             assert_eq!(positive(bad), Err("must be a whole number above 0".to_string()), "{bad}");
         }
+        assert_eq!((count("16777216"), edge("16384"), parts("4096")), (Ok(1 << 24), Ok(1 << 14), Ok(1 << 12)));
+        for over in ["16777217", "9223372036854775807", "18446744073709551616"] {
+            assert_eq!(count(over), Err("must be at most 16777216".to_string()), "{over}");
+            assert_eq!(edge(over), Err("must be at most 16384".to_string()), "{over}");
+            assert_eq!(parts(over), Err("must be at most 4096".to_string()), "{over}");
+        }
+        assert_eq!(positive("18446744073709551616"), Err(format!("must be at most {}", usize::MAX)));
     }
 }

@@ -11,7 +11,7 @@ use crate::eval::{self, BenchOptions, BenchReport, ModelBench, Spread};
 use crate::pipeline::steps::{Work, check_needs};
 use crate::runtime::Runtime;
 
-use super::args::{VariantArgs, positive};
+use super::args::{VariantArgs, count, parts};
 use super::context::{Context, Outcome};
 use super::output::table;
 
@@ -43,16 +43,16 @@ pub struct Args {
 #[derive(clap::Args)]
 pub struct Load {
     /// Prefill the decoder with this number of tokens
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().prompt_tokens)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = BenchOptions::default().prompt_tokens)]
     prompt_tokens: usize,
     /// Decode this number of tokens after the prompt
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().new_tokens)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = BenchOptions::default().new_tokens)]
     new_tokens: usize,
     /// Measure this number of rounds; every model runs once in each
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().rounds)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = BenchOptions::default().rounds)]
     rounds: usize,
     /// Use this number of threads inside one operator [default: all cores]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = parts)]
     threads: Option<usize>,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -86,6 +86,7 @@ pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome
         &args.variant.source(&args.model, context)?,
         &Runtime::new(args.load.device)?,
         &args.load.options(),
+        &context.cancel,
     )?;
     context.output.line(bytes)?;
     Ok(Outcome::Done)
@@ -106,7 +107,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         if let Some(threads) = load.threads {
             command.args(["--threads", &threads.to_string()]);
         }
-        eval::peak_memory_of_child(&mut command)
+        eval::peak_memory_of_child(&mut command, &context.cancel)
     };
     let model = args.variant.source(&args.model, context)?;
     let baseline = args.baseline.map(|path| ModelSource::find(&path, args.baseline_variant, &context.cancel));

@@ -2,7 +2,7 @@
 
 use crate::data::{BackEnd, DataOptions, DataPart, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
 
-use super::args::{fraction, positive};
+use super::args::{count, edge, fraction, parts, pixels, positive};
 use super::output::Output;
 
 /// Flags for reading a data set.
@@ -26,7 +26,7 @@ pub struct DataArgs {
     #[arg(long, value_name = "F", value_parser = fraction)]
     held_back: Option<f64>,
     /// Split running text into sequences of this number of tokens
-    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = count)]
     sequence_length: usize,
     #[command(flatten)]
     images: ImageArgs,
@@ -36,19 +36,19 @@ pub struct DataArgs {
 #[derive(clap::Args)]
 pub struct ImageArgs {
     /// Scale pictures up to at least this number of pixels [default: the model's own setting]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = pixels)]
     min_pixels: Option<usize>,
     /// Scale pictures down to at most this number of pixels [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_pixels: Option<usize>,
     /// Scale pictures to this edge in pixels: both edges of a square, or the longer one [default: the model's own setting]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = edge)]
     image_size: Option<usize>,
     /// Cut large pictures into tiles: true or false [default: the model's own setting]
     #[arg(long, value_name = "BOOL")]
     image_tiles: Option<bool>,
     /// Cut a picture into at most this number of tiles [default: the model's own setting]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = parts)]
     max_image_tiles: Option<usize>,
     /// Resize pictures with the arithmetic of this library: pil or torchvision [default: the one that transformers uses]
     #[arg(long, value_name = "NAME")]

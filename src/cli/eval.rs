@@ -9,7 +9,7 @@ use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptSty
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
-use super::args::{VariantArgs, fraction, positive};
+use super::args::{VariantArgs, count, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{ImageArgs, warn_left_out};
 use super::output::{profile_table, table};
@@ -40,10 +40,10 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = positive)]
     limit: Option<usize>,
     /// Answer this number of questions in one batch
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = EvalSettings::default().batch_size)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = EvalSettings::default().batch_size)]
     batch_size: usize,
     /// Limit each answer to this number of tokens [default: the model's own setting]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = count)]
     max_new_tokens: Option<usize>,
     /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns
     /// before it (separate), as `finetune` does [default: conversation]
@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long)]
     strict: bool,
     /// Split running text into sequences of this number of tokens
-    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = count)]
     sequence_length: usize,
     /// Read the fraction of the rows that `finetune`, `score` and `plan` leave out with --held-back [default: all rows]
     #[arg(long, value_name = "F", value_parser = fraction)]

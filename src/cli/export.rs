@@ -220,7 +220,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             let request = args.precision.request(data.as_ref(), &context.cancel);
             let Some(target) = target else {
                 refuse_settings(&settings)?;
-                let report = export::write_variants(&bundle, &request, &args.output)?;
+                let report = export::write_variants(&bundle, &request, &args.output, &context.cancel)?;
                 match output.json {
                     true => output.json(&report)?,
                     false => print_precision(&report.components, report.sensitivity.as_ref(), output)?,

@@ -6,7 +6,7 @@ use crate::base::{Device, check_output_file};
 use crate::bundle::{ModelSource, Variants};
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
-use super::args::{VariantArgs, positive};
+use super::args::{VariantArgs, count};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 
@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", conflicts_with = "data")]
     system: Option<String>,
     /// Limit the answer to this number of tokens [default: the model's own setting, or 256]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = count)]
     max_tokens: Option<usize>,
     /// Sample tokens at this temperature, 0 or more; 0 takes the most likely token at each step
     #[arg(long, value_name = "T", default_value_t = 0.0)]
@@ -57,7 +57,7 @@ pub struct Args {
     #[command(flatten)]
     reading: DataArgs,
     /// Answer this number of samples in one batch, at temperature 0
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = count)]
     batch_size: usize,
     /// Write the answers to `--data` to this file: JSON lines of `id` and `answer`
     #[arg(short, long, value_name = "FILE", requires = "data")]

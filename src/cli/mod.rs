@@ -30,9 +30,11 @@ mod torch;
 mod tune;
 mod verify;
 
+use std::any::TypeId;
 use std::io::Write;
+use std::path::PathBuf;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::base::{Error, install_ctrl_c, on_runaway, set_quiet};
 
@@ -85,7 +87,7 @@ enum Verb {
 pub fn main(torch: RunTorchVerb) -> ! {
     // SAFETY: both programs call this first and have not started a thread.
     unsafe { crate::runtime::keep_telemetry_off() };
-    let code = match Cli::try_parse() {
+    let code = match parse() {
         Ok(cli) => {
             let json = cli.json;
             on_runaway(move |error| {
@@ -96,12 +98,33 @@ pub fn main(torch: RunTorchVerb) -> ! {
         }
         // Help and version are not errors; clap prints them to standard output.
         Err(error) => match error.print() {
-            _ if error.use_stderr() => 2,
+            _ if error.use_stderr() => {
+                if output::json_is_asked(std::env::args_os().skip(1)) {
+                    output::print_usage_error(&error.render().to_string());
+                }
+                2
+            }
             Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => 2,
             _ => 0,
         },
     };
     end(code)
+}
+
+/// Errors: as `Cli::try_parse`.
+fn parse() -> Result<Cli, clap::Error> {
+    let mut matches = with_negative_numbers(Cli::command()).try_get_matches()?;
+    Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut Cli::command()))
+}
+
+/// Takes a negative number behind a flag as its value, so that the flag says what it expects. Files are no numbers.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let as_value = |arg: clap::Arg| {
+        let is_file = arg.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+        let takes = arg.get_action().takes_values() && !arg.is_positional() && !is_file;
+        if takes { arg.allow_negative_numbers(true) } else { arg }
+    };
+    command.mut_args(as_value).mut_subcommands(with_negative_numbers)
 }
 
 /// The help of every verb in Markdown, for docs/cli.md.

@@ -10,7 +10,7 @@ use crate::export::{
     Sensitivity, precision_named,
 };
 
-use super::args::{amount, positive};
+use super::args::{amount, count, positive};
 use super::data_args::DataArgs;
 use super::output::{Output, table};
 
@@ -50,7 +50,7 @@ pub struct PrecisionArgs {
     #[arg(long, default_value_t = 42, requires = "data")]
     seed: u64,
     /// Leave out samples that are longer than this number of tokens
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive, requires = "data")]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = count, requires = "data")]
     max_tokens: usize,
     #[command(flatten)]
     reading: DataArgs,

@@ -10,7 +10,7 @@ use crate::data::{Amount, Subset};
 use crate::method::{BRIDGE_RANK, COMPENSATIONS, CompensationKind, CompensationRow, FIT_TOKENS, Part, Plan};
 use crate::pipeline::steps::{self, Compensated, CompensationSettings, Drop, Pruned};
 
-use super::args::{LayerList, VariantArgs, part, positive};
+use super::args::{LayerList, VariantArgs, count, part, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{Output, table};
@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long, value_name = "HOW", requires = "data", conflicts_with = "component", long_help = compensations_help())]
     compensate: Option<String>,
     /// Give the maps of --compensate bridge this rank: 2 R weights for each channel of the stream and gap
-    #[arg(long, value_name = "R", value_parser = positive, requires = "compensate")]
+    #[arg(long, value_name = "R", value_parser = count, requires = "compensate")]
     rank: Option<usize>,
     /// Fit on this calibration data, and measure the loss on other samples of it
     #[arg(long, value_name = "DATA", requires = "compensate")]

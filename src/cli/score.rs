@@ -7,7 +7,7 @@ use crate::data::{Amount, Dataset, Subset};
 use crate::method::{ScoreSettings, Scores, score_with_peers};
 use crate::pipeline::steps::{Work, check_needs};
 
-use super::args::{VariantArgs, fraction, positive};
+use super::args::{VariantArgs, count, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{profile_table, table};
@@ -34,13 +34,13 @@ pub struct Args {
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// Score packs of these sizes, in layers, besides 1,2,3, for strategies that drop longer blocks [default: none]
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = positive)]
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = count)]
     packs: Vec<usize>,
     /// Score packs that contain the last layer too, so that it may be dropped [default: off]
     #[arg(long)]
     include_last: bool,
     /// Leave out samples whose prompt is longer than this number of tokens
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = count)]
     max_tokens: usize,
     /// Also say where the time was spent: pictures, vision encoder, embedding, decoder, waiting
     #[arg(long)]

@@ -11,7 +11,7 @@ use crate::pipeline::steps::default_work_folder;
 use crate::pipeline::{Calibration, Healed, Healer, TARGETS, TUNE_FILE, Tune, TuneReport, TuneTarget, tune};
 use crate::report::draw_tuning;
 
-use super::args::{VariantArgs, fraction, positive};
+use super::args::{VariantArgs, count, fraction, parts, positive};
 use super::context::{Context, Outcome};
 use super::output::{Output, table};
 
@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "interlace,shortgpt", value_parser = strategy)]
     strategy: Vec<String>,
     /// Make and measure this number of candidates
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 3)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 3)]
     candidates: usize,
     /// Heal the candidates on this data: a file, a folder or a pattern [default: no healing]
     #[arg(long, value_name = "DATA")]
@@ -73,13 +73,13 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = positive, requires = "train")]
     train_samples: Option<usize>,
     /// Measure this number of rounds; every model runs once in each
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 20)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 20)]
     rounds: usize,
     /// Generate this number of tokens behind the prompt when times are measured
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 16)]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 16)]
     new_tokens: usize,
     /// Use this number of threads inside one operator when times are measured [default: all cores]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = parts)]
     threads: Option<usize>,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]

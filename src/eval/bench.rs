@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,15 @@ use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionO
 use super::probe::{noise_text, picture_prompt, token_ids};
 use super::run::LoadedModel;
 use super::stats::Spread;
+
+/// The most tokens, samples of a batch or rounds: more than any model has room for, or anyone waits for.
+pub const MOST_COUNT: usize = 1 << 24;
+
+/// Time between two looks at the process that measures memory, which prints little.
+const POLLED_EVERY: Duration = Duration::from_millis(20);
+
+/// What an interrupted measurement leaves.
+const NO_REPORT: &str = "no report is written";
 
 /// Settings of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -188,7 +197,7 @@ struct Times {
 /// Measures a model and, in alternation, a baseline. `memory` returns a model's peak memory, measured in a separate
 /// process (see [`peak_memory`]); without it the report has no such figure.
 ///
-/// Errors: `Error::Invalid` when a count is zero or a model does not load; `Error::Engine` when a run fails;
+/// Errors: `Error::Invalid` when a count is zero or above [`MOST_COUNT`], or a model does not load; `Error::Engine` when a run fails;
 /// `Error::Interrupted` when the user asked to stop.
 pub fn bench(
     model: &ModelSource,
@@ -210,7 +219,7 @@ pub fn bench(
     let progress = Progress::new("bench", "rounds", total as u64);
     for round in 0..total {
         for contestant in &mut contestants {
-            cancel.check("no report is written")?;
+            cancel.check(NO_REPORT)?;
             let times = contestant.round(options, cancel)?;
             if round >= options.warm_up {
                 contestant.times.push(times);
@@ -225,8 +234,11 @@ pub fn bench(
     };
     let mut figures = Vec::new();
     for (contestant, path) in contestants.into_iter().zip(baseline.into_iter().chain([model])) {
-        cancel.check("no report is written")?;
-        figures.push(contestant.figures(options, memory.map(|memory| memory(path)).transpose()?));
+        cancel.check(NO_REPORT)?;
+        let peak = memory.map(|memory| memory(path)).transpose();
+        // Ctrl-C reaches that process too, whose end is no failure then.
+        cancel.check(NO_REPORT)?;
+        figures.push(contestant.figures(options, peak?));
     }
     let provenance = Provenance::new(BenchReport::SCHEMA_VERSION, inputs, options)?
         .with_variants("model", model.chosen().as_deref())
@@ -248,9 +260,9 @@ pub fn bench(
 /// The process should do nothing else.
 ///
 /// Errors: as `bench`.
-pub fn peak_memory(model: &ModelSource, runtime: &Runtime, options: &BenchOptions) -> Result<u64> {
+pub fn peak_memory(model: &ModelSource, runtime: &Runtime, options: &BenchOptions, cancel: &Cancel) -> Result<u64> {
     check(options)?;
-    Contestant::open(model, runtime, options)?.round(options, &Cancel::default())?;
+    Contestant::open(model, runtime, options)?.round(options, cancel)?;
     match peak_memory_bytes() {
         0 => Err(Error::unsupported("peak memory", "this system does not tell")),
         bytes => Ok(bytes),
@@ -259,10 +271,22 @@ pub fn peak_memory(model: &ModelSource, runtime: &Runtime, options: &BenchOption
 
 /// Runs a command that prints one number, the bytes of [`peak_memory`].
 ///
-/// Errors: `Error::Io` when it does not start; `Error::Engine` when it fails or prints anything else than a number.
-pub fn peak_memory_of_child(command: &mut Command) -> Result<u64> {
+/// Errors: `Error::Io` when it does not start; `Error::Engine` when it fails or prints anything else than a number;
+/// `Error::Interrupted` when the user asked to stop, and the process is ended.
+pub fn peak_memory_of_child(command: &mut Command, cancel: &Cancel) -> Result<u64> {
     let program = command.get_program().to_os_string();
-    let output = command.stdin(Stdio::null()).output().map_err(|e| Error::io("run", &program, e))?;
+    let failed = |e| Error::io("run", &program, e);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(failed)?;
+    while child.try_wait().map_err(failed)?.is_none() {
+        if let Err(stopped) = cancel.sleep(NO_REPORT, POLLED_EVERY) {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(stopped);
+        }
+    }
+    let output = child.wait_with_output().map_err(failed)?;
     let text = String::from_utf8_lossy(&output.stdout);
     match text.trim().parse() {
         Ok(bytes) if output.status.success() => Ok(bytes),
@@ -279,6 +303,10 @@ fn check(options: &BenchOptions) -> Result<()> {
     {
         if value == 0 {
             return Err(Error::invalid(format!("`{name}`"), "is 0, expected at least 1").remedy("give a larger number"));
+        }
+        if value > MOST_COUNT {
+            let problem = format!("is {value}, expected at most {MOST_COUNT}");
+            return Err(Error::invalid(format!("`{name}`"), problem).remedy("give a smaller number"));
         }
     }
     Ok(())
@@ -314,6 +342,7 @@ impl Contestant {
 
     fn round(&mut self, options: &BenchOptions, cancel: &Cancel) -> Result<Times> {
         let engine = &mut self.engine;
+        cancel.check(NO_REPORT)?;
         let began = Instant::now();
         let (logits, mut cache) = engine.decoder().step(&Step::prefill(&[&self.prompt], true)?, None)?;
         let mut token = likeliest(&logits)?;
@@ -321,6 +350,7 @@ impl Contestant {
 
         let began = Instant::now();
         for _ in 0..options.new_tokens {
+            cancel.check(NO_REPORT)?;
             let length = cache.length();
             let row = engine.embed(&[token], length as i64)?;
             let step = Step::decode(&[&row], &[vec![1; length]], true)?;
@@ -392,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zero_tokens_or_rounds_are_refused() {
+    fn counts_out_of_range_are_refused() {
         for (options, name) in [
             (BenchOptions { prompt_tokens: 0, ..BenchOptions::default() }, "prompt_tokens"),
             (BenchOptions { new_tokens: 0, ..BenchOptions::default() }, "new_tokens"),
@@ -402,14 +432,29 @@ mod tests {
             assert!(error.starts_with(&format!("`{name}`: is 0, expected at least 1")), "{error}");
         }
         check(&BenchOptions::default()).expect("the defaults");
+        let endless = BenchOptions { prompt_tokens: usize::MAX, ..BenchOptions::default() };
+        let error = check(&endless).expect_err("a prompt without end").to_string();
+        assert!(error.contains("`prompt_tokens`: is 18446744073709551615, expected at most 16777216"), "{error}");
+    }
+
+    #[test]
+    fn a_child_process_is_ended_when_the_user_asks_to_stop() {
+        let (cancel, began) = (Cancel::default(), Instant::now());
+        cancel.request();
+        let stopped = peak_memory_of_child(Command::new("sleep").arg("600"), &cancel);
+        assert!(matches!(stopped, Err(Error::Interrupted { kept }) if kept == NO_REPORT));
+        assert!(began.elapsed() < Duration::from_secs(60));
     }
 
     #[test]
     fn a_child_process_reports_its_peak_memory_or_its_error() {
-        let bytes = peak_memory_of_child(Command::new("sh").args(["-c", "echo 4096"])).expect("a number");
+        let bytes =
+            peak_memory_of_child(Command::new("sh").args(["-c", "echo 4096"]), &Cancel::default()).expect("a number");
         assert_eq!(bytes, 4096);
         for (script, message) in [("echo 12; exit 3", ""), ("echo much", ""), ("echo broken >&2; exit 2", "broken")] {
-            let error = peak_memory_of_child(Command::new("sh").args(["-c", script])).expect_err(script).to_string();
+            let mut command = Command::new("sh");
+            let ended = peak_memory_of_child(command.args(["-c", script]), &Cancel::default());
+            let error = ended.expect_err(script).to_string();
             let want = format!("the process that measures memory failed on sh: {message}");
             assert!(error.starts_with(&want), "{script}: {error}");
         }

@@ -27,7 +27,7 @@ mod verify;
 
 pub use activations::{activation_checks, is_measured};
 pub use bench::{
-    BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
+    BenchOptions, BenchReport, MOST_COUNT, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
 };
 pub use chat::{ChatQuestion, JUDGE_KEY, Judge};
 pub use checks::{Check, CheckStatus, VerifyReport};

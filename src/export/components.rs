@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Result, Sha256Digest, human_bytes, sha256_file};
+use crate::base::{Error, Result, Sha256Digest, human_bytes, installed_cancel, sha256_file};
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
 use crate::onnx::Storage;
 use crate::rewrite::{raise_opset, split_buffers, standard_operators};
 
 use super::record::ExportSettings;
+
+/// What an interrupted export leaves.
+pub(super) const NOTHING: &str = "nothing is written";
 
 /// One component per role and stem, in the requested variants or, without a request, the most precise one.
 ///
@@ -58,8 +61,9 @@ pub(super) fn decoder_of<'p, 'b>(parts: &'p [(&'b Component, Model)]) -> Result<
 /// Writes a graph in the form that the settings ask for: with standard operators, in a later operator set, with smaller
 /// buffers, in an earlier IR version.
 ///
-/// Errors: `Error::Unsupported` naming what the form lacks.
+/// Errors: `Error::Unsupported` naming what the form lacks; `Error::Interrupted` on Ctrl-C.
 pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) -> Result<()> {
+    installed_cancel().check(NOTHING)?;
     if settings.standard_ops {
         *model = standard_operators(model)?;
     }

@@ -23,6 +23,7 @@ use crate::base::{Cancel, Error, Provenance, Result, StagedDir, sha256_file, wri
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::hub::commit_of;
 
+use components::NOTHING;
 pub use precision::{
     BudgetRequest, KeptOperators, KeptTensor, PRECISIONS, PartSensitivity, PrecisionBudget, PrecisionReport,
     PrecisionRequest, PrecisionRow, PrecisionSettings, QuantisedComponent, QuantisedTensor, RangeCalibration,
@@ -225,7 +226,7 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 ///
 /// Errors: `Error::Invalid` when the folder exists or the target does not read a given setting;
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails;
-/// `Error::Interrupted` on Ctrl-C while values are measured. On an error no folder remains.
+/// `Error::Interrupted` on Ctrl-C. On an error no folder remains.
 pub fn export(
     bundle: &Bundle,
     target: &ExportTarget,
@@ -268,9 +269,11 @@ fn export_model(
             .remedy("export the model as it was before, or take it out with `interlace prune --keep-image-tokens 1`"));
     }
     bundle.check_output(folder)?;
+    cancel.check(NOTHING)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings: recorded, models, mut files, mut notes, mut inputs, weights } =
         (target.write)(bundle, settings, staged.path())?;
+    cancel.check(NOTHING)?;
     let mut buffers = Vec::new();
     if let Some(limit) = recorded.max_buffer_bytes {
         buffers = buffers::measured((target.name, bundle, &recorded), staged.path(), limit, cancel)?;
@@ -294,6 +297,7 @@ fn export_model(
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;
+    cancel.check(NOTHING)?;
     staged.commit()?;
     Ok(export)
 }

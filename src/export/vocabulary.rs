@@ -13,6 +13,8 @@ use crate::ir::{Dim, Graph, ValueId, ValueType};
 use crate::onnx;
 use crate::rewrite::cut_vocabulary;
 
+use super::components::NOTHING;
+
 /// Version of the schema of the report.
 pub const VOCABULARY_SCHEMA_VERSION: u32 = 1;
 /// File name of the report in the folder with the model.
@@ -100,6 +102,7 @@ pub fn write_vocabulary(bundle: &Bundle, corpus: &Dataset, cancel: &Cancel, outp
         files,
     };
     writer.add_json(VOCABULARY_FILE, &report)?;
+    cancel.check(NOTHING)?;
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &settings)?)?;
     Ok(report)
 }
@@ -133,7 +136,7 @@ fn tokens_of(bundle: &Bundle, corpus: &Dataset, cancel: &Cancel) -> Result<(usiz
     let progress = Progress::new("vocabulary", "samples", indices.len() as u64);
     let (mut samples, mut found) = (0, BTreeSet::new());
     for encoded in intake.encoded(corpus, &indices, |sample| encoder.conversation(sample))? {
-        cancel.check("nothing is written")?;
+        cancel.check(NOTHING)?;
         found.extend(encoded?.input_ids.iter().filter_map(|id| u32::try_from(*id).ok()));
         samples += 1;
         progress.advance(1);

@@ -66,9 +66,9 @@ impl Stages<'_> {
             PrecisionRequest { precisions: &precisions, settings: section.blocks, calibration: ranges, budget };
         let step = format!("precision-{label}");
         let key = (&section.precision, section.blocks, section.max_kl, calibrated.then_some(calibration.seed));
-        let made = self
-            .store
-            .step(&step, &step, &inputs, &key, |path| write_variants(&model.open()?, &request, path).map(|_| ()))?;
+        let made = self.store.step(&step, &step, &inputs, &key, |path| {
+            write_variants(&model.open()?, &request, path, cancel).map(|_| ())
+        })?;
         self.report_step(&step, &made);
         let has_suffix = Bundle::open(&made.path)?.layout().names_variants();
         let source = |row: &'static PrecisionRow| {

@@ -9,11 +9,13 @@ mod svg;
 mod training;
 mod tuning;
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::base::{AtomicFile, Result, check_output_file};
+use crate::base::{AtomicFile, Error, Result, check_output_file};
 use crate::pipeline::{FRONT_FILE, TUNE_FILE, TuneReport};
 
 use run_folder::RunFolder;
@@ -39,6 +41,12 @@ pub struct WrittenReport {
     /// Its parts, in order.
     pub sections: Vec<ReportSection>,
 }
+
+/// Start of a page's title, before the model's name.
+const TITLE: &str = "interlace: ";
+
+/// Bytes of a page within which its title begins.
+const HEAD_BYTES: u64 = 1024;
 
 /// What a section's function makes: HTML, or the reason why there is none.
 type Made = Result<std::result::Result<String, String>>;
@@ -69,14 +77,36 @@ const TUNING_SECTIONS: &[Section] = &[
 
 /// Writes the page about the folder of a run, sweep or tuning.
 ///
-/// Errors: as `RunFolder::read`; `Error::Invalid` for an output in the folder of no file; `Error::Io`.
+/// Errors: as `RunFolder::read`; `Error::Invalid` for an output in the folder of no file, and for one that is there and is no such
+/// page; `Error::Io`.
 pub fn report(run: &Path, output: &Path) -> Result<WrittenReport> {
     check_output_file(output)?;
+    check_replaceable(output)?;
     let (page, sections) = page(&RunFolder::read(run)?)?;
     let mut file = AtomicFile::create(output)?;
     file.write_all(page.as_bytes())?;
     file.commit()?;
     Ok(WrittenReport { output: output.to_path_buf(), size_bytes: page.len() as u64, sections })
+}
+
+/// Errors: `Error::Invalid` for a file with other content than a page of [`report`]; `Error::Io`.
+fn check_replaceable(output: &Path) -> Result<()> {
+    if !output.is_file() {
+        return Ok(());
+    }
+    let failed = |e| Error::io("read", output, e);
+    let mut start = Vec::new();
+    File::open(output).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut start)).map_err(failed)?;
+    let start = String::from_utf8_lossy(&start);
+    let is_page = start.starts_with("<!DOCTYPE html>") && start.contains(&format!("<title>{TITLE}"));
+    match start.is_empty() || is_page {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            format!("`{}`", output.display()),
+            "is there already, and is no page that `report` wrote",
+        )
+        .remedy("name another file, or remove it")),
+    }
 }
 
 /// Draws kept score over speed as [`FRONT_FILE`] into the folder of a run or sweep. Gives its path, or `None` with fewer than
@@ -115,5 +145,5 @@ fn page(run: &RunFolder) -> Result<(String, Vec<ReportSection>)> {
         contents.push((*id, *name));
         sections.push(ReportSection { name: name.to_string(), left_out: made.err() });
     }
-    Ok((html::page(&format!("interlace: {}", run.model()), &contents, &body), sections))
+    Ok((html::page(&format!("{TITLE}{}", run.model()), &contents, &body), sections))
 }

@@ -144,3 +144,16 @@ fn limits_that_cannot_be_met_or_measured_are_refused_with_the_best_that_can() {
         assert_eq!(fs::read_dir(here).expect("folder").count(), 0, "{arguments:?}");
     }
 }
+
+#[test]
+fn a_size_that_no_form_reaches_is_refused_before_parts_are_measured() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (here, model, data) = (folder.path(), fixture("model"), fixture("data/ready.npz"));
+    let arguments =
+        ["export", &model, "--precision", "int4", "--data", &data, "--rounding", "nearest", "--target-size", "1MB"];
+    let output = interlace(here, &[&arguments[..], &["--samples", "1", "-o", "out"]].concat());
+    assert_eq!(output.status.code(), Some(2));
+    let message = stderr(&output);
+    assert!(message.contains("and int4 in all parts takes 3."), "{message}");
+    assert!(!message.contains(" parts: up to "), "{message}");
+}

@@ -82,6 +82,19 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
         (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
+        (&["bench", "model", "-o", "b.json", "--prompt-tokens", "9223372036854775807"], "must be at most 16777216"),
+        (&["bench", "model", "-o", "b.json", "--rounds", "99999999"], "must be at most 16777216"),
+        (&["generate", "model", "--prompt", "p", "--max-tokens", "99999999"], "must be at most 16777216"),
+        (&["eval", "model", "--data", "d", "-o", "o", "--max-new-tokens", "99999999"], "must be at most 16777216"),
+        (&["score", "model", "--data", "d", "-o", "o", "--image-size", "100000000"], "must be at most 16384"),
+        (&["tune", "model", "--data", "d", "-o", "o", "--rounds", "99999999"], "must be at most 16777216"),
+        (&["bench", "model", "-o", "b.json", "--rounds", "-1"], "must be a whole number above 0"),
+        (
+            &["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--epochs", "-1"],
+            "-1 is not in 0..=4294967295",
+        ),
+        (&["verify", "model", "--max-buffer", "-1"], "must be a number from 1 to below 1e18 in all"),
+        (&["verify", "model", "--max-buffer", "18446744073709551616"], "below 1e18"),
         (&["finetune", "model", "--data", "d", "-o", "o"], "--plan <FILE>|--layers <LAYERS>"),
         (&["finetune", "model", "--data", "d", "-o", "o", "--plan", "p", "--layers", "2"], "cannot be used with"),
         (&["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--lr", "fast"], "--learning-rate <LR>"),
@@ -99,13 +112,19 @@ fn with_json_errors_are_json_with_a_code() {
     for (arguments, code) in [
         (&["inspect", "nowhere", "--json"][..], "file"),
         (&["prune", &fixture("model"), "--drop", "99", "-o", "out", "--json"], "invalid"),
+        (&["--json", "polish"], "usage"),
+        (&["plan", "--json"], "usage"),
+        (&["prune", "model", "--drop", "two", "-o", "out", "--json"], "usage"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
         assert_eq!(found["error"]["code"], code, "{found}");
         let message = found["error"]["message"].as_str().expect("a message");
-        assert!(stderr(&output).contains(message), "{found}");
+        // The requirements of a usage error are lines of their own on standard error.
+        let words = |text: &str| text.replace("; ", " ").split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(!message.is_empty() && words(&stderr(&output)).contains(&words(message)), "{found}");
+        assert!(!message.contains("Usage:"), "{found}");
     }
 }
 

@@ -47,6 +47,7 @@ mod report;
 mod run;
 mod schemas;
 mod speed;
+mod stopping;
 mod streams;
 mod sublayers;
 mod taps;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use interlace::base::Device;
+use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
 use interlace::export::{PrecisionReport, PrecisionRequest, PrecisionSettings, precision_named, write_variants};
 use interlace::ir::{
@@ -106,6 +106,7 @@ pub(super) fn write(
         &Bundle::open(model)?,
         &PrecisionRequest { precisions: &precisions, settings, calibration: None, budget: None },
         out,
+        &Cancel::default(),
     )
 }
 

@@ -172,6 +172,27 @@ fn the_page_of_a_run_has_its_figures_and_nothing_from_elsewhere() {
 }
 
 #[test]
+fn a_file_that_is_no_page_is_not_replaced() {
+    let folder = tempfile::tempdir().expect("folder");
+    let file = folder.path().join("page.html");
+    let foreign = "<!DOCTYPE html>\n<html><head><title>About interlace: notes</title></head></html>\n";
+    for text in [foreign, "my notes\n"] {
+        fs::write(&file, text).expect("file");
+        let output = interlace(folder.path(), &["report", "out", "-o", "page.html"]);
+        assert_eq!(output.status.code(), Some(2));
+        let message = stderr(&output);
+        assert!(message.contains("`page.html`: is there already, and is no page that `report` wrote"), "{message}");
+        assert_eq!(fs::read_to_string(&file).expect("file"), text);
+    }
+    // A page of its own, and an empty file, are replaced: what is refused is the folder.
+    for text in ["", "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<title>interlace: model</title>\n"] {
+        fs::write(&file, text).expect("file");
+        let output = interlace(folder.path(), &["report", "out", "-o", "page.html"]);
+        assert!(!stderr(&output).contains("is there already"), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn a_folder_without_a_run_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     fs::create_dir(folder.path().join("out")).expect("folder");

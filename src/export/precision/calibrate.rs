@@ -11,6 +11,7 @@ use crate::onnx;
 use crate::prompt::ImageArrays;
 use crate::runtime::{Decoder, FeatureCache, Runtime, Session, SessionOptions, VisionEncoder, VlmSession};
 
+use super::super::components::NOTHING;
 use super::weights::Weights;
 
 /// Least and greatest value of each activation, by the name of the value.
@@ -52,7 +53,7 @@ pub(super) fn ranges(bundle: &Bundle, calibration: &RangeCalibration<'_>) -> Res
     let progress = Progress::new("calibrate", "samples", indices.len() as u64);
     let mut count = 0;
     for encoded in intake.encoded(calibration.dataset, &indices, |sample| samples.conversation(sample))? {
-        calibration.cancel.check("nothing is written")?;
+        calibration.cancel.check(NOTHING)?;
         let prompt = encoded?.into_prompt();
         if let (Some(encoder), Some(vision)) = (&mut encoder, &mut vision) {
             for picture in &prompt.pictures {

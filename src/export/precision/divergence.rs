@@ -13,6 +13,7 @@ use crate::ir::Model;
 use crate::prompt::Prompt;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, Step, VlmSession};
 
+use super::super::components::NOTHING;
 use super::RangeCalibration;
 
 /// Bytes of image features that are kept between measurements.
@@ -55,7 +56,7 @@ impl<'a> Divergence<'a> {
         let encoder = Encoder::open(bundle, dataset)?;
         let mut questions = Vec::new();
         for encoded in intake.encoded(dataset, &indices, |sample| encoder.conversation(sample))? {
-            calibration.cancel.check("nothing is written")?;
+            calibration.cancel.check(NOTHING)?;
             let encoded = encoded?;
             let mut predicts: Vec<bool> = encoded.answer_mask.iter().skip(1).copied().collect();
             predicts.push(false);
@@ -178,7 +179,7 @@ impl<'a> Divergence<'a> {
     /// Gives the logits at every position that predicts an answer token, in the order of the samples.
     fn each_row(&mut self, mut each: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
         for question in &self.questions {
-            self.calibration.cancel.check("nothing is written")?;
+            self.calibration.cancel.check(NOTHING)?;
             let embedded = self.session.embed(&question.prompt)?;
             let decoder = self.session.decoder_mut();
             let name = decoder.logits_name().to_string();

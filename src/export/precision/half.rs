@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use half::f16;
 
-use crate::base::{Error, Result};
+use crate::base::{Cancel, Error, Result};
 use crate::checkpoint::floats;
 use crate::ir::{AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId, ValueType, element_types};
 use crate::rewrite::TYPE_ATTRIBUTES;
 
+use super::super::components::NOTHING;
 use super::finite::require_finite;
 use super::kept::{KeptNode, kept_nodes};
 use super::report::{KeptOperators, QuantisedTensor, relative_error};
@@ -35,7 +36,7 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
     refuse_sequences(&work)?;
     let mut constants = work.constants("half")?;
     let weights = weights_of(&work.model);
-    let (file, model) = (work.file, &mut work.model);
+    let (file, cancel, model) = (work.file, work.cancel, &mut work.model);
     let types = element_types(model);
     let kept = kept_nodes(&model.graph.body, &types);
     let mut converter = Converter {
@@ -47,6 +48,7 @@ pub(super) fn half(mut work: Work<'_>) -> Result<Done> {
         ports: HashSet::new(),
         weights,
         file,
+        cancel,
         constants: &mut constants,
         found: Vec::new(),
         operators: BTreeMap::new(),
@@ -86,6 +88,7 @@ struct Converter<'a> {
     weights: HashSet<ValueId>,
     /// Path of the graph, for messages.
     file: &'a str,
+    cancel: &'a Cancel,
     constants: &'a mut FloatConstants,
     found: Vec<QuantisedTensor>,
     operators: BTreeMap<(String, &'static str), usize>,
@@ -156,6 +159,7 @@ impl Converter<'_> {
                 single.initializers.push((id, tensor));
                 continue;
             }
+            self.cancel.check(NOTHING)?;
             self.initializer(graph, id, &tensor)?;
             self.wide.insert(id, tensor);
         }
@@ -431,9 +435,9 @@ fn rename(body: &mut Body, names: &HashMap<ValueId, ValueId>) {
 ///
 /// Errors: as [`half`].
 pub(super) fn four_bits(work: Work<'_>) -> Result<Done> {
-    let Work { settings, forms, ranges, scratch, file, .. } = work;
+    let Work { settings, forms, ranges, scratch, file, cancel, .. } = work;
     let four = super::int4::quantise(work, DataType::Float16)?;
-    let next = Work { model: four.model, settings, forms, ranges, scratch, file };
+    let next = Work { model: four.model, settings, forms, ranges, scratch, file, cancel };
     let mut done = half(next)?;
     done.quantised = four.quantised.into_iter().chain(done.quantised).collect();
     Ok(done)

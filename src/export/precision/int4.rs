@@ -7,6 +7,7 @@ use crate::checkpoint::floats;
 use crate::ir::{Attribute, AttributeKind, Body, DataType, Graph, Model, Node, Tensor, Value, ValueId};
 use crate::quantised::{BlockForm, Packed, Scheme};
 
+use super::super::components::NOTHING;
 use super::finite::{require_finite, require_scales};
 use super::forms::{WeightForm, WeightForms};
 use super::report::{QuantisedTensor, relative_error};
@@ -47,7 +48,11 @@ pub(super) fn quantise(mut work: Work<'_>, scale_type: DataType) -> Result<Done>
         found: Vec::new(),
         reasons: HashMap::new(),
     };
-    replace_nodes(&mut work.model.graph, &mut |graph, node, _| quantiser.replace(graph, node))?;
+    let cancel = work.cancel;
+    replace_nodes(&mut work.model.graph, &mut |graph, node, _| {
+        cancel.check(NOTHING)?;
+        quantiser.replace(graph, node)
+    })?;
     let (found, reasons) = (quantiser.found, quantiser.reasons);
     if !found.is_empty() {
         work.model.opset_imports.entry(MICROSOFT.into()).or_insert(1);

@@ -10,6 +10,7 @@ use crate::checkpoint::{floats, from_floats};
 use crate::ir::{AttributeKind, DataType, Graph, Node, Value, ValueId};
 use crate::quantised::{Range8, Rounded, WeightLayout};
 
+use super::super::components::NOTHING;
 use super::finite::{require_finite, require_scales};
 use super::report::{QuantisedTensor, relative_error};
 use super::weights::{FloatConstants, WeightProduct, Weights, replace_nodes};
@@ -59,7 +60,11 @@ fn quantise(mut work: Work<'_>, ranges: Option<&Ranges>) -> Result<Done> {
         found: Vec::new(),
         reasons: HashMap::new(),
     };
-    replace_nodes(&mut work.model.graph, &mut |graph, node, body| quantiser.replace(graph, node, body))?;
+    let cancel = work.cancel;
+    replace_nodes(&mut work.model.graph, &mut |graph, node, body| {
+        cancel.check(NOTHING)?;
+        quantiser.replace(graph, node, body)
+    })?;
     let (found, reasons) = (quantiser.found, quantiser.reasons);
     let mut done = Done::of(work.model, constants, found)?;
     done.reasons = reasons;

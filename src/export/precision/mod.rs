@@ -33,7 +33,7 @@ pub use report::{
 pub use sensitivity::BudgetRequest;
 
 use super::ExportTarget;
-use super::components::chosen;
+use super::components::{NOTHING, chosen};
 use super::record::{Export, ExportSettings};
 use forms::WeightForms;
 use weights::{FloatConstants, kept_tensors, remove_dead_code};
@@ -151,6 +151,7 @@ struct Work<'a> {
     scratch: &'a Path,
     /// Path of the graph in its folder.
     file: &'a str,
+    cancel: &'a Cancel,
 }
 
 impl Work<'_> {
@@ -259,7 +260,7 @@ pub fn export_variants(
     let scratch = ScratchDir::create_in(folder_of(output))?;
     let name = bundle.name();
     let folder = scratch.path().join(name.rsplit('/').next().unwrap_or(&name));
-    let report = write_variants(bundle, request, &folder)?;
+    let report = write_variants(bundle, request, &folder, cancel)?;
     super::export_quantised(&Bundle::open(&folder)?, target, &settings, output, report, cancel)
 }
 
@@ -268,8 +269,13 @@ pub fn export_variants(
 ///
 /// Errors: `Error::Invalid` for a model that is quantised or in half precision already, a variant that is there already, and a
 /// block size that no operator takes; `Error::Unsupported` for graphs with functions of their own; as [`onnx::load`] and
-/// [`onnx::save`]. On an error no folder remains.
-pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &Path) -> Result<PrecisionReport> {
+/// [`onnx::save`]; `Error::Interrupted` on Ctrl-C. On an error no folder remains.
+pub fn write_variants(
+    bundle: &Bundle,
+    request: &PrecisionRequest<'_>,
+    output: &Path,
+    cancel: &Cancel,
+) -> Result<PrecisionReport> {
     let PrecisionRequest { precisions, settings, calibration, budget } = request;
     let calibration = calibration.as_ref();
     check(bundle, request)?;
@@ -293,13 +299,14 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
     let mut written = Vec::new();
     for precision in *precisions {
         for component in &components {
+            cancel.check(NOTHING)?;
             let model = onnx::load(&bundle.path_of(component))?;
             refuse(&model, &component.file)?;
             let names = constant_names(&model);
             let ranges = ranges.get(&component.file).unwrap_or(&nothing);
             let forms = allocation.as_ref().filter(|_| precision.is_mixed());
             let forms = forms.and_then(|it| it.forms.get(&component.file)).unwrap_or(&all_alike);
-            let work = Work { model, settings, forms, ranges, scratch: scratch.path(), file: &component.file };
+            let work = Work { model, settings, forms, ranges, scratch: scratch.path(), file: &component.file, cancel };
             let done = (precision.write)(work)?;
             let suffix = bundle.layout().names_variants().then_some(precision.suffix);
             let (file, bytes_after) = writer.save_variant(component, suffix, &done.model)?;
@@ -337,6 +344,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         sensitivity,
     };
     writer.add_json(PRECISION_FILE, &report)?;
+    cancel.check(NOTHING)?;
     writer.commit(Provenance::new(crate::bundle::Record::SCHEMA_VERSION, inputs, &recorded)?)?;
     Ok(report)
 }

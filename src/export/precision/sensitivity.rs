@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use crate::analysis::{self, LayerMap};
-use crate::base::{Error, Progress, Result, ScratchDir, human_bytes, notice};
+use crate::base::{Cancel, Error, Progress, Result, ScratchDir, human_bytes, notice};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{Graph, Model};
 use crate::onnx::{self, Storage};
@@ -57,15 +57,18 @@ pub(super) fn allocate(
     let graphs = components.iter().map(|component| Part::graph(bundle, component)).collect::<Result<Vec<_>>>()?;
     let parts: Vec<Part> =
         graphs.iter().enumerate().flat_map(|(number, graph)| parts_of(number, graph, settings)).collect();
+    let graphs = Graphs { graphs, parts, settings, scratch, cancel: calibration.cancel };
+    // Before anything is measured, which takes long.
+    let size = budget.target_bytes.map(|most| Ok((most, graphs.spare_within(most)?))).transpose()?;
     let divergence = Divergence::open(bundle, calibration, &scratch.join("reference"))?;
-    let mut search = Search { graphs, parts, settings, divergence, scratch };
+    let mut search = Search { graphs, divergence };
     let rows = search.measure_parts()?;
     let all_int4 = vec![WeightForm::Int4; rows.len()];
     let int4_kl = search.measure(&all_int4)?;
-    let (forms, kl) = match budget {
-        BudgetRequest { target_bytes: None, max_kl: None } => (all_int4, int4_kl),
-        BudgetRequest { target_bytes: Some(most), max_kl } => search.within_size(&rows, (most, max_kl), int4_kl)?,
-        BudgetRequest { target_bytes: None, max_kl: Some(most) } => search.within_divergence(&rows, most, int4_kl)?,
+    let (forms, kl) = match (size, budget.max_kl) {
+        (None, None) => (all_int4, int4_kl),
+        (Some(size), max_kl) => search.within_size(&rows, size, max_kl, int4_kl)?,
+        (None, Some(most)) => search.within_divergence(&rows, most, int4_kl)?,
     };
     let has_target = budget.target_bytes.is_some() || budget.max_kl.is_some();
     let kl_of = |(row, form): (&FormCosts, &WeightForm)| row.kl[*form as usize];
@@ -82,15 +85,16 @@ pub(super) fn allocate(
         answer_tokens: search.divergence.answer_tokens(),
         prefills: search.divergence.prefills(),
         parts: search
+            .graphs
             .parts
             .iter()
             .zip(&rows)
             .zip(&forms)
-            .map(|((part, row), form)| search.row(part, row, *form))
+            .map(|((part, row), form)| search.graphs.row(part, row, *form))
             .collect(),
         budget: has_target.then_some(budget),
     };
-    Ok(Allocation { forms: search.by_file(&forms), sensitivity })
+    Ok(Allocation { forms: search.graphs.by_file(&forms), sensitivity })
 }
 
 /// A component's float graph.
@@ -170,46 +174,18 @@ fn layer_labels(float: &FloatGraph<'_>) -> HashMap<String, String> {
     labels
 }
 
-struct Search<'a> {
+/// The float graphs, whose parts are written in other forms.
+struct Graphs<'a> {
     graphs: Vec<FloatGraph<'a>>,
     parts: Vec<Part>,
     settings: &'a PrecisionSettings,
-    divergence: Divergence<'a>,
     scratch: &'a Path,
+    cancel: &'a Cancel,
 }
 
-impl Search<'_> {
-    /// Bytes and divergence of every part in every form.
-    fn measure_parts(&mut self) -> Result<Vec<FormCosts>> {
-        let count = self.parts.len();
-        // Each step of the search for a divergence halves the upgrades, of which there are two for each part.
-        let most = 2 * count + 2 + (2 * count).max(1).ilog2() as usize + 1;
-        let samples = self.divergence.samples();
-        notice(format!("{count} parts: up to {most} graphs on {samples} samples, {} prefills", most * samples));
-        let progress = Progress::new("sensitivity", "graphs", 2 * count as u64);
-        let mut rows = Vec::with_capacity(count);
-        for part in 0..count {
-            let mut kl = [0.0; 3];
-            for form in [WeightForm::Int8, WeightForm::Int4] {
-                let mut forms = vec![WeightForm::Float32; count];
-                forms[part] = form;
-                kl[form as usize] = self.measure(&forms)?;
-                progress.advance(1);
-            }
-            rows.push(FormCosts { bytes: self.parts[part].bytes, kl });
-        }
-        Ok(rows)
-    }
-
-    /// The divergence with the parts in these forms.
-    fn measure(&mut self, forms: &[WeightForm]) -> Result<f64> {
-        let folder = ScratchDir::create_in(self.scratch)?;
-        let graphs = self.graphs_with(forms, folder.path())?;
-        self.divergence.measure(&graphs)
-    }
-
+impl Graphs<'_> {
     /// The graphs of which a part is not in floats.
-    fn graphs_with(&self, forms: &[WeightForm], scratch: &Path) -> Result<BTreeMap<Role, Model>> {
+    fn with_forms(&self, forms: &[WeightForm], scratch: &Path) -> Result<BTreeMap<Role, Model>> {
         let ranges = Ranges::new();
         let mut graphs = BTreeMap::new();
         for (number, graph) in self.graphs.iter().enumerate() {
@@ -218,7 +194,8 @@ impl Search<'_> {
                 continue;
             }
             let (settings, file) = (self.settings, graph.component.file.as_str());
-            let work = Work { model: graph.model.clone(), settings, forms: &own, ranges: &ranges, scratch, file };
+            let (model, ranges, cancel) = (graph.model.clone(), &ranges, self.cancel);
+            let work = Work { model, settings, forms: &own, ranges, scratch, file, cancel };
             graphs.insert(graph.component.role, int4::single(work)?.model);
         }
         Ok(graphs)
@@ -248,6 +225,80 @@ impl Search<'_> {
         }
     }
 
+    /// Bytes of a size that int4 in all parts leaves.
+    ///
+    /// Errors: `Error::Invalid` for a size that is too small.
+    fn spare_within(&self, most: u64) -> Result<u64> {
+        let smallest = self.written_bytes(&vec![WeightForm::Int4; self.parts.len()])?;
+        most.checked_sub(smallest).ok_or_else(|| {
+            let problem = format!("is {}, and int4 in all parts takes {}", human_bytes(most), human_bytes(smallest));
+            Error::invalid("`--target-size`", problem).remedy(format!(
+                "give at least {smallest} bytes, drop layers with `prune`, or take longer blocks with `--block-size 128`"
+            ))
+        })
+    }
+
+    /// Bytes of all component files in these forms.
+    fn written_bytes(&self, forms: &[WeightForm]) -> Result<u64> {
+        let folder = ScratchDir::create_in(self.scratch)?;
+        let graphs = self.with_forms(forms, folder.path())?;
+        let mut bytes = 0;
+        for graph in &self.graphs {
+            let Some(model) = graphs.get(&graph.component.role) else {
+                bytes += graph.bytes;
+                continue;
+            };
+            let path = folder.path().join("graph.onnx");
+            let storage = match graph.component.external.is_empty() {
+                true => Storage::Inline,
+                false => Storage::External { file_name: "graph.onnx_data".to_string(), chunk_bytes: None },
+            };
+            let data = onnx::save(model, &path, &storage)?;
+            let files = std::iter::once("graph.onnx").chain(data.iter().map(String::as_str));
+            for file in files {
+                let path = folder.path().join(file);
+                bytes += std::fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+struct Search<'a> {
+    graphs: Graphs<'a>,
+    divergence: Divergence<'a>,
+}
+
+impl Search<'_> {
+    /// Bytes and divergence of every part in every form.
+    fn measure_parts(&mut self) -> Result<Vec<FormCosts>> {
+        let count = self.graphs.parts.len();
+        // Each step of the search for a divergence halves the upgrades, of which there are two for each part.
+        let most = 2 * count + 2 + (2 * count).max(1).ilog2() as usize + 1;
+        let samples = self.divergence.samples();
+        notice(format!("{count} parts: up to {most} graphs on {samples} samples, {} prefills", most * samples));
+        let progress = Progress::new("sensitivity", "graphs", 2 * count as u64);
+        let mut rows = Vec::with_capacity(count);
+        for part in 0..count {
+            let mut kl = [0.0; 3];
+            for form in [WeightForm::Int8, WeightForm::Int4] {
+                let mut forms = vec![WeightForm::Float32; count];
+                forms[part] = form;
+                kl[form as usize] = self.measure(&forms)?;
+                progress.advance(1);
+            }
+            rows.push(FormCosts { bytes: self.graphs.parts[part].bytes, kl });
+        }
+        Ok(rows)
+    }
+
+    /// The divergence with the parts in these forms.
+    fn measure(&mut self, forms: &[WeightForm]) -> Result<f64> {
+        let folder = ScratchDir::create_in(self.graphs.scratch)?;
+        let graphs = self.graphs.with_forms(forms, folder.path())?;
+        self.divergence.measure(&graphs)
+    }
+
     /// As few upgrades as reach a divergence, found by halving their number.
     fn within_divergence(&mut self, rows: &[FormCosts], most: f64, int4_kl: f64) -> Result<(Vec<WeightForm>, f64)> {
         let upgrades = upgrades(rows);
@@ -268,24 +319,18 @@ impl Search<'_> {
         Ok((forms(holds.0), holds.1))
     }
 
-    /// The upgrades that fit into a size.
+    /// The upgrades that fit into a size, of which int4 in all parts leaves these bytes.
     fn within_size(
         &mut self,
         rows: &[FormCosts],
-        (most, max_kl): (u64, Option<f64>),
+        (most, mut spare): (u64, u64),
+        max_kl: Option<f64>,
         int4_kl: f64,
     ) -> Result<(Vec<WeightForm>, f64)> {
         let upgrades = upgrades(rows);
-        let smallest = self.written_bytes(&vec![WeightForm::Int4; rows.len()])?;
-        let mut spare = most.checked_sub(smallest).ok_or_else(|| {
-            let problem = format!("is {}, and int4 in all parts takes {}", human_bytes(most), human_bytes(smallest));
-            Error::invalid("`--target-size`", problem).remedy(format!(
-                "give at least {smallest} bytes, drop layers with `prune`, or take longer blocks with `--block-size 128`"
-            ))
-        })?;
         let forms = loop {
             let forms = forms_within(rows, &upgrades, spare);
-            let bytes = self.written_bytes(&forms)?;
+            let bytes = self.graphs.written_bytes(&forms)?;
             // Names and shapes of other operators take a little more room than their weights alone.
             match bytes.checked_sub(most).filter(|over| *over > 0) {
                 Some(over) => spare = spare.saturating_sub(over),
@@ -317,30 +362,5 @@ impl Search<'_> {
             }
             None => Ok((forms, kl)),
         }
-    }
-
-    /// Bytes of all component files in these forms.
-    fn written_bytes(&self, forms: &[WeightForm]) -> Result<u64> {
-        let folder = ScratchDir::create_in(self.scratch)?;
-        let graphs = self.graphs_with(forms, folder.path())?;
-        let mut bytes = 0;
-        for graph in &self.graphs {
-            let Some(model) = graphs.get(&graph.component.role) else {
-                bytes += graph.bytes;
-                continue;
-            };
-            let path = folder.path().join("graph.onnx");
-            let storage = match graph.component.external.is_empty() {
-                true => Storage::Inline,
-                false => Storage::External { file_name: "graph.onnx_data".to_string(), chunk_bytes: None },
-            };
-            let data = onnx::save(model, &path, &storage)?;
-            let files = std::iter::once("graph.onnx").chain(data.iter().map(String::as_str));
-            for file in files {
-                let path = folder.path().join(file);
-                bytes += std::fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
-            }
-        }
-        Ok(bytes)
     }
 }
