@@ -31,6 +31,8 @@ use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
 pub const LOADED_TARGETS: &[&str] = &["transformers-js", "webgpu", "genai", "openvino", "tract", "single-file"];
+/// Name of the check of the files against a manifest.
+const FILES: &str = "files";
 /// Largest difference of outputs in tract, whose kernels add in another order.
 const TRACT_TOLERANCE: f64 = 1e-3;
 /// Largest component for tract, in bytes: tract holds all weights in memory.
@@ -48,15 +50,34 @@ pub fn verify(
     runtime: &Runtime,
     cancel: &Cancel,
 ) -> Result<VerifyReport> {
-    let manifest = ExportManifest::read(source.path())?;
+    let mut checks = Checks(Vec::new());
+    let manifest = match ExportManifest::read(source.path()) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            checks.error(FILES, MANIFEST_FILE, &error);
+            None
+        }
+    };
+    let damaged = !checks.0.is_empty();
+    let target = ExportManifest::target_in_record(source.path()).filter(|_| damaged);
+    if target.is_some_and(|target| !LOADED_TARGETS.contains(&target.as_str())) {
+        return unopened(source, limits, runtime, checks);
+    }
     if let Some(manifest) = manifest.as_ref().filter(|manifest| !LOADED_TARGETS.contains(&manifest.target.as_str())) {
         return verify_manifest(source, manifest, limits, runtime, cancel);
     }
-    let bundle = source.open()?;
-    let mut checks = Checks(Vec::new());
     if let Some(manifest) = &manifest {
         listed(source.path(), manifest, &mut checks)?;
     }
+    let bundle = match source.open() {
+        Ok(bundle) => bundle,
+        // The files are not those of the export, which is the likely reason.
+        Err(error) if checks.0.iter().any(|check| check.status == CheckStatus::Failed) => {
+            checks.add("opens", &source.to_string(), CheckStatus::Failed, error.to_string());
+            return unopened(source, limits, runtime, checks);
+        }
+        Err(error) => return Err(error),
+    };
     let progress = Progress::new("verify", "files", bundle.components().len() as u64 + 1);
     for part in bundle.components() {
         cancel.check("no report is written")?;
@@ -109,7 +130,21 @@ fn verify_manifest(
     if let Some(limits) = limits {
         device_of_export(source.path(), manifest, limits, cancel, &mut checks)?;
     }
-    let inputs = BTreeMap::from([("manifest".to_string(), sha256_file(&source.path().join(MANIFEST_FILE))?)]);
+    unopened(source, limits, runtime, checks)
+}
+
+/// The report on a folder that was not opened as a model. Its input is the manifest, where there is one.
+fn unopened(
+    source: &ModelSource,
+    limits: Option<DeviceLimits>,
+    runtime: &Runtime,
+    checks: Checks,
+) -> Result<VerifyReport> {
+    let path = source.path().join(MANIFEST_FILE);
+    let mut inputs = BTreeMap::new();
+    if path.is_file() {
+        inputs.insert("manifest".to_string(), sha256_file(&path)?);
+    }
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings(limits, runtime))?,
         model: source.to_string(),
@@ -125,7 +160,7 @@ fn listed(folder: &Path, manifest: &ExportManifest, checks: &mut Checks) -> Resu
         true => (CheckStatus::Passed, format!("{} files have the listed sizes and digests", manifest.files.len())),
         false => (CheckStatus::Failed, ExportManifest::described(&differences)),
     };
-    checks.add("files", MANIFEST_FILE, status, detail);
+    checks.add(FILES, MANIFEST_FILE, status, detail);
     Ok(())
 }
 
@@ -426,7 +461,10 @@ fn tract(
     runtime: &Runtime,
     checks: &mut Checks,
 ) -> Result<()> {
-    let runs = ExportManifest::read(bundle.root())?.is_some_and(|manifest| manifest.target == "tract");
+    // A damaged manifest failed before.
+    let manifest = ExportManifest::read(bundle.root()).ok().flatten();
+    let target = manifest.map(|manifest| manifest.target).or_else(|| ExportManifest::target_in_record(bundle.root()));
+    let runs = target.is_some_and(|target| target == "tract");
     let name = if runs { "agrees in tract" } else { "plans in tract" };
     let size = bundle.size_bytes(part)?;
     if size > TRACT_LIMIT_BYTES {

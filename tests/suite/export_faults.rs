@@ -8,6 +8,73 @@ use interlace::onnx;
 use super::cli::{interlace, stderr};
 use super::exports::to;
 
+/// An export of the shipped model for transformers.js in `out`.
+fn shipped(here: &Path) -> std::path::PathBuf {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    to("transformers-js", &model, &ExportSettings::default(), &here.join("out")).expect("export");
+    here.join("out")
+}
+
+#[test]
+fn verify_fails_an_export_whose_manifest_is_missing_or_damaged() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let manifest = shipped(here).join("manifest.json");
+    let whole = std::fs::read(&manifest).expect("manifest");
+    let failed = |text: &str| {
+        let output = interlace(here, &["verify", "out", "-q"]);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        let found = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = found.lines().find(|line| line.contains("FAILED")).expect("a failed check").to_string();
+        assert!(line.contains("files of manifest.json") && line.contains(text), "{found}");
+        assert!(line.contains("export the model again"), "{found}");
+        assert!(found.contains("loads in ONNX Runtime"), "the other checks are made: {found}");
+    };
+    for content in [&whole[..whole.len() / 2], b"", b"null"] {
+        std::fs::write(&manifest, content).expect("written");
+        failed("was cut or changed");
+    }
+    std::fs::remove_file(&manifest).expect("removed");
+    failed("is missing beside `interlace-export.json`");
+    // The target that is no model folder.
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    to("triton", &model, &ExportSettings::default(), &here.join("triton")).expect("export");
+    std::fs::remove_file(here.join("triton/manifest.json")).expect("removed");
+    let output = interlace(here, &["verify", "triton", "-q"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("is missing beside"));
+}
+
+#[test]
+fn verify_passes_what_git_and_the_hub_add_and_fails_other_files() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let out = shipped(here);
+    for file in [
+        ".gitattributes",
+        ".cache/huggingface/download/config.json.metadata",
+        ".git/objects/ab/cd",
+        ".DS_Store",
+        "onnx/.DS_Store",
+        "Thumbs.db",
+        "__pycache__/code.pyc",
+    ] {
+        std::fs::create_dir_all(out.join(file).parent().expect("parent")).expect("folder");
+        std::fs::write(out.join(file), "x").expect("file");
+    }
+    let verify = || {
+        let output = interlace(here, &["verify", "out", "-q"]);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, text) = verify();
+    assert_eq!(code, Some(0), "{text}");
+    std::fs::write(out.join("onnx/extra.bin"), [0u8; 8]).expect("file");
+    let (code, text) = verify();
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("`onnx/extra.bin` is not listed"), "{text}");
+    assert!(text.contains("opens of") && text.contains("nothing is known about it"), "{text}");
+}
+
 #[test]
 fn caches_behind_casts_are_keys_and_values() {
     let folder = tempfile::tempdir().expect("folder");
