@@ -20,7 +20,7 @@ use super::agreement::{
     IMAGE_TOKENS, PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, largest_difference,
     rounding_once, rounding_step, token_types_of, worse,
 };
-use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
+use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport, half_bound};
 use super::device::{DeviceLimits, device, device_of_export};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name, port_types, readers};
@@ -398,7 +398,7 @@ fn decoder_checks(
             let detail = format!("{what}, {}", compared_with(exact.is_some()));
             let computed = exact.as_ref().unwrap_or(model);
             let head_dim = bundle.config().and_then(|config| config.head_size());
-            checks.engines((name, &part.file), difference, detail, rounding_operator(computed), || {
+            checks.engines((name, &part.file), difference, detail, (TOLERANCE, rounding_operator(computed)), || {
                 spread_of_decoder(computed, decoder, &probe, head_dim, runtime)
             });
         }
@@ -427,9 +427,13 @@ fn interpreter(
         let difference = interpreter_once(model, session, feeds)?;
         let computed = exact.as_ref().unwrap_or(model);
         let detail = compared_with(exact.is_some()).to_string();
-        checks.engines(("interpreter", &part.file), difference, detail, rounding_operator(computed), || {
-            spread_of_session(computed, session, feeds, runtime)
-        });
+        checks.engines(
+            ("interpreter", &part.file),
+            difference,
+            detail,
+            (TOLERANCE, rounding_operator(computed)),
+            || spread_of_session(computed, session, feeds, runtime),
+        );
         Ok(())
     };
     if let Err(error) = compare() {
@@ -478,18 +482,34 @@ fn tract(
         true => match tract_run(&path, feeds) {
             Ok(Ok(found)) => {
                 let given: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, value)| (&name[..], value)).collect();
-                let wanted = runtime.session(&path, &EXACT)?.run(&given, None)?;
+                let mut session = runtime.session(&path, &EXACT)?;
+                let wanted = session.run(&given, None)?;
                 let mut difference = if wanted.iter().count() == found.len() { 0.0 } else { f64::INFINITY };
+                let mut largest = 0.0f64;
                 for ((_, wanted), found) in wanted.iter().zip(&found) {
                     let wanted = wanted.to_f32()?;
+                    largest = wanted.iter().fold(largest, |most, value| most.max(f64::from(value.abs())));
                     let own = match wanted.len() == found.len() {
                         true => largest_difference(wanted.iter().map(|&x| x.into()), found.iter().map(|&x| x.into())),
                         false => f64::INFINITY,
                     };
                     difference = worse(difference, own);
                 }
-                let detail = "the outputs of one run in tract and in ONNX Runtime";
-                checks.compared(name, &part.file, difference, TRACT_TOLERANCE, detail);
+                let mut detail = "the outputs of one run in tract and in ONNX Runtime".to_string();
+                let model = onnx::load(&path)?;
+                let mut least = TRACT_TOLERANCE;
+                if let Some(unit) = unit_roundoff(&model) {
+                    least = least.max(half_bound(&model, unit, largest));
+                    detail += &format!(
+                        "; both round to 16 bits, and as much is allowed as {} operators in them err, with values up to \
+                         {largest:.2}",
+                        model.graph.body.nodes.len()
+                    );
+                }
+                let rounding = (least, rounding_operator(&model));
+                checks.engines((name, &part.file), difference, detail, rounding, || {
+                    spread_of_session(&model, &mut session, feeds, runtime)
+                });
                 return Ok(());
             }
             Ok(Err(outcome)) => Ok(outcome),

@@ -76,6 +76,36 @@ fn verify_passes_what_git_and_the_hub_add_and_fails_other_files() {
 }
 
 #[test]
+fn four_bits_are_refused_for_tract_and_half_precision_is_compared_by_its_bound() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let model = model.to_str().expect("a path");
+    for precision in ["int4", "q4f16"] {
+        let arguments =
+            ["export", model, "--precision", precision, "--rounding", "nearest", "--to", "tract", "-o", "out"];
+        let output = interlace(here, &arguments);
+        assert_eq!(output.status.code(), Some(2), "{precision}: {}", stderr(&output));
+        let text = stderr(&output);
+        assert!(text.contains(".onnx`") && text.contains("which tract does not load"), "{precision}: {text}");
+        assert!(text.contains("`--precision fp16`"), "{precision}: {text}");
+        assert!(!here.join("out").exists());
+    }
+    let output = interlace(here, &["export", model, "--precision", "fp16", "--to", "tract", "-o", "half", "-q"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let output = interlace(here, &["--json", "verify", "half", "-q"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(output.status.code(), Some(0), "{report:#}");
+    let checks = report["checks"].as_array().expect("checks");
+    let of = |check: &&serde_json::Value| {
+        check["name"] == "agrees in tract" && check["subject"].as_str().is_some_and(|file| file.contains("decoder"))
+    };
+    let check = checks.iter().find(of).expect("a check");
+    assert_eq!(check["status"], "passed");
+    assert!(check["detail"].as_str().expect("text").contains("both round to 16 bits"), "{check}");
+}
+
+#[test]
 fn caches_behind_casts_are_keys_and_values() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
