@@ -91,9 +91,7 @@ pub(super) fn storage(
     };
     let body = &model.graph.body;
     if let Some((id, tensor)) = body.initializers.iter().find(|(_, tensor)| tensor.byte_len() > limit) {
-        let size = human_bytes(tensor.byte_len());
-        let problem = format!("has {size}, and a data file may hold {}", human_bytes(limit));
-        return Err(Error::unsupported(format!("weight `{}`", model.graph.name(*id)), problem)
+        return Err(larger_than_shard(model.graph.name(*id), tensor.byte_len(), limit)
             .remedy("give a larger `--shard-size`, or split large weights with `--max-buffer`"));
     }
     Ok(match inline && body.weight_bytes() <= limit {
@@ -103,6 +101,12 @@ pub(super) fn storage(
             chunk_bytes: Some(chunk_bytes.map_or(limit, |most| most.min(limit))),
         },
     })
+}
+
+/// The error for a weight that is larger than `--shard-size`; what to do is the caller's to say.
+pub(super) fn larger_than_shard(name: &str, size: u64, limit: u64) -> Error {
+    let problem = format!("has {}, and a data file may hold {}", human_bytes(size), human_bytes(limit));
+    Error::unsupported(format!("weight `{name}`"), problem)
 }
 
 /// True for a file of the bundle that a model folder for another consumer keeps. The export has a card of its own.

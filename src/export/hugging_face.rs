@@ -22,7 +22,7 @@ use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
 use crate::quantised::{block_matrices, channel_matrices};
 
-use super::components::{chosen, write as write_text};
+use super::components::{chosen, larger_than_shard, write as write_text};
 use super::record::{CheckpointWeights, ExportSettings, Written};
 
 const CONFIG: &str = "config.json";
@@ -87,6 +87,9 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let wider = taken.changed().any(|name| taken.dtype(name) != Some(base.tensors()[name].dtype));
     let config = if wider { in_f32(&config)? } else { config };
     let tensors: Vec<NamedTensor> = names.iter().map(|(name, new)| named(&base, &taken, name, new)).collect();
+    if let Some(limit) = settings.shard_bytes {
+        check_shards(&tensors, limit)?;
+    }
     let weights = CheckpointWeights {
         tensors: tensors.len(),
         changed: taken.changed().filter(|name| names.contains_key(name)).count(),
@@ -271,6 +274,15 @@ fn named<'a>(base: &'a Checkpoint, taken: &'a Extraction, name: &'a str, new: &s
         dtype: taken.dtype(name).unwrap_or(tensor.dtype),
         dims: tensor.dims.clone(),
         bytes: Box::new(move || Ok(taken.tensor(name)?.map_or_else(|| tensor.bytes().to_vec(), |own| own.bytes))),
+    }
+}
+
+/// A file of the requested size has room for every tensor.
+fn check_shards(tensors: &[NamedTensor], limit: u64) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.size_bytes() > limit) {
+        None => Ok(()),
+        Some(tensor) => Err(larger_than_shard(&tensor.name, tensor.size_bytes(), limit)
+            .remedy("give a larger `--shard-size`: a checkpoint keeps each tensor in one file")),
     }
 }
 

@@ -305,6 +305,17 @@ fn only_steps_that_train_ask_for_the_model_before() {
 }
 
 #[test]
+fn a_tensor_larger_than_a_shard_is_named() {
+    let family = family("idefics3");
+    family.run(&["prune", "idefics3", "--drop", "1", "-o", "pruned", "-q"]);
+    let arguments = ["export", "pruned", "--to", "safetensors", "--base", "base", "--shard-size", "1kB", "-o", "out"];
+    let message = refused(&family, &arguments);
+    assert!(message.contains("weight `") && message.contains("a data file may hold 1"), "{message}");
+    assert!(message.contains("a larger `--shard-size`"), "{message}");
+    assert!(!family.here().join("out").exists());
+}
+
+#[test]
 fn what_transformers_or_the_base_cannot_say_is_refused() {
     let family = family("qwen3_vl");
     let export = |model: &str, base: &str| {
