@@ -22,7 +22,7 @@ use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
 use crate::quantised::{block_matrices, channel_matrices};
 
-use super::components::{chosen, larger_than_shard, write as write_text};
+use super::components::{check_object, chosen, larger_than_shard, write as write_text};
 use super::record::{CheckpointWeights, ExportSettings, Written};
 
 const CONFIG: &str = "config.json";
@@ -332,6 +332,9 @@ fn carry(base: &Path, bundle: &Bundle, root: &Path) -> Result<Vec<String>> {
         }
     }
     for (name, source) in &files {
+        if name.ends_with(".json") {
+            check_object(name, source)?;
+        }
         let target = root.join(name);
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;

@@ -267,6 +267,7 @@ fn export_model(
         return Err(Error::unsupported(subject, reason)
             .remedy("export the model as it was before, or take it out with `interlace prune --keep-image-tokens 1`"));
     }
+    components::check_texts(bundle)?;
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings: recorded, models, mut files, mut notes, mut inputs, weights } =

@@ -76,6 +76,25 @@ fn verify_passes_what_git_and_the_hub_add_and_fails_other_files() {
 }
 
 #[test]
+fn a_broken_tokenizer_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let source = shipped(here);
+    let whole = std::fs::read(source.join("tokenizer.json")).expect("tokenizer");
+    for (content, problem) in [(&whole[..whole.len() / 2], "is not JSON"), (b"null", "holds null, expected an object")]
+    {
+        std::fs::write(source.join("tokenizer.json"), content).expect("written");
+        for target in ["transformers-js", "genai", "triton", "generate", "openvino"] {
+            let out = here.join(target);
+            let error = to(target, &source, &ExportSettings::default(), &out).unwrap_err().to_string();
+            assert!(error.contains("`tokenizer.json`") && error.contains(problem), "{target}: {error}");
+            assert!(error.contains("download it again"), "{target}: {error}");
+            assert!(!out.exists(), "{target}");
+        }
+    }
+}
+
+#[test]
 fn four_bits_are_refused_for_tract_and_half_precision_is_compared_by_its_bound() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
