@@ -269,6 +269,19 @@ fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
     value
 }
 
+/// The value before casts.
+fn uncast(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
+    let mut value = value;
+    while let Some((node, _)) = index.node_of(value) {
+        let node = &body.nodes[node];
+        match node.inputs.first().copied().flatten() {
+            Some(inner) if node.op_type == "Cast" => value = inner,
+            _ => break,
+        }
+    }
+    value
+}
+
 /// Distinguishes keys from values when the cache is concatenated outside the attention: the port that leads to the
 /// scores holds keys.
 fn settle_roles(body: &Body, index: &GraphIndex, ports: &mut [KvPort], path: &[usize]) {
@@ -295,7 +308,12 @@ fn settle_roles(body: &Body, index: &GraphIndex, ports: &mut [KvPort], path: &[u
             open.extend(data_inputs(body, node));
         }
     }
-    let is_key = |port: &KvPort| [port.past, port.present].into_iter().flatten().any(|id| before.contains(&id));
+    // A cast behind a cache input or before a cache output is on no layer's path.
+    let inputs: HashSet<ValueId> = before.iter().map(|id| origin(body, index, *id)).collect();
+    let is_key = |port: &KvPort| {
+        port.past.is_some_and(|id| inputs.contains(&id))
+            || port.present.is_some_and(|id| before.contains(&id) || before.contains(&uncast(body, index, id)))
+    };
     let keys: Vec<bool> = undecided.iter().map(|&number| is_key(&ports[number])).collect();
     if keys.iter().filter(|&&key| key).count() == 1 {
         for (&number, key) in undecided.iter().zip(keys) {

@@ -45,6 +45,9 @@ impl AssetKind {
 /// Name of the manifest in an export's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
 
+/// Name of the record of an export, beside its manifest.
+pub const EXPORT_FILE: &str = "interlace-export.json";
+
 /// Name of the file with the record of interlace's steps.
 pub const RECORD_FILE: &str = "interlace.json";
 
@@ -81,7 +84,7 @@ const NAMES: &[(&str, AssetKind)] = &[
     (".mv", AssetKind::Other),
     (".mdl", AssetKind::Other),
     (RECORD_FILE, AssetKind::Record),
-    ("interlace-export.json", AssetKind::Record),
+    (EXPORT_FILE, AssetKind::Record),
     ("interlace-precision.json", AssetKind::Record),
 ];
 
@@ -110,6 +113,9 @@ const WEIGHTS: &[&str] = &[
     ".weight",
     ".weights",
 ];
+
+/// Files that file managers leave in a folder.
+pub(super) const MARKS: &[&str] = &[".DS_Store", "Thumbs.db", "desktop.ini"];
 
 /// Extensions of text files. External data of a graph may have any name except these.
 const TEXTS: &[&str] = &[
@@ -165,8 +171,7 @@ pub(super) fn named(path: &str) -> Option<AssetKind> {
     if is_documentation(name) {
         return Some(AssetKind::Documentation);
     }
-    let marks = [".DS_Store", "Thumbs.db", "desktop.ini"];
-    (marks.contains(&name) || TEXTS.iter().any(|ending| name.ends_with(ending))).then_some(AssetKind::Other)
+    (MARKS.contains(&name) || TEXTS.iter().any(|ending| name.ends_with(ending))).then_some(AssetKind::Other)
 }
 
 /// Read-me files, licences, pictures, sounds, version-control settings.

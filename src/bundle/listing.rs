@@ -11,6 +11,11 @@ const MAX_DEPTH: usize = 8;
 /// download caches) are ignored as well.
 const LEFT_OUT: &[&str] = &["__pycache__", "__MACOSX"];
 
+/// True for a folder, by its name, that holds no part of a model.
+pub(super) fn is_left_out(name: &str) -> bool {
+    name.starts_with('.') || LEFT_OUT.contains(&name)
+}
+
 /// Paths below a folder, sorted, with `/` as the separator.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
@@ -57,7 +62,7 @@ impl Listing {
                 if metadata.is_file() {
                     listing.files.push(relative);
                 } else if metadata.is_dir() {
-                    if name.starts_with('.') || LEFT_OUT.contains(&name.as_str()) {
+                    if is_left_out(&name) {
                         listing.left_out.push(format!("{relative}/"));
                         continue;
                     }

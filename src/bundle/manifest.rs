@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, Sha256Digest, findings_preview, read_json, sha256_large_file};
 
-use super::assets::{AssetKind, MANIFEST_FILE, is_own_manifest};
+use super::assets::{AssetKind, EXPORT_FILE, MANIFEST_FILE, MARKS, is_own_manifest};
+use super::listing::is_left_out;
 use super::record::RecordedStep;
 
 /// Version of its schema.
@@ -63,13 +64,28 @@ pub struct ListedScores {
 impl ExportManifest {
     /// Reads the manifest of a folder; `None` where there is none of this tool.
     ///
-    /// Errors: as `base::read_json`, for a manifest of this tool.
+    /// Errors: as `base::read_json`, for a manifest of this tool; `Error::Invalid` for a folder with the record of an export
+    /// whose manifest is missing or damaged.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(MANIFEST_FILE);
-        if !is_own_manifest(&path) {
+        if is_own_manifest(&path) {
+            return read_json(&path, MANIFEST_SCHEMA_VERSION).map(Some);
+        }
+        if !folder.join(EXPORT_FILE).is_file() {
             return Ok(None);
         }
-        read_json(&path, MANIFEST_SCHEMA_VERSION).map(Some)
+        let problem = match path.exists() {
+            true => format!("is not the manifest that was written with `{EXPORT_FILE}`: it was cut or changed"),
+            false => format!("is missing beside `{EXPORT_FILE}`"),
+        };
+        Err(Error::invalid(format!("`{}`", path.display()), problem)
+            .remedy("restore it from where the export was copied, or export the model again"))
+    }
+
+    /// The target of an export according to the record beside its manifest; `None` without a readable one.
+    pub fn target_in_record(folder: &Path) -> Option<String> {
+        let record = serde_json::from_slice::<serde_json::Value>(&fs::read(folder.join(EXPORT_FILE)).ok()?).ok()?;
+        Some(record.get("target")?.as_str()?.to_string())
     }
 
     /// Lists the files of a folder, the manifest itself left out, with the licences among them.
@@ -98,7 +114,8 @@ impl ExportManifest {
         names(folder)?.iter().map(size).sum()
     }
 
-    /// What of a folder is not as listed: files that are missing, have other content, or are not listed.
+    /// What of a folder is not as listed: files that are missing, have other content, or are not listed. Hidden files and
+    /// those that file managers leave may be added, as git and the hub do.
     ///
     /// Errors: as [`ExportManifest::list`].
     pub fn differences(&self, folder: &Path) -> Result<Vec<String>> {
@@ -111,7 +128,9 @@ impl ExportManifest {
             Some(found) if found.sha256 != listed.sha256 => Some(format!("`{name}` has other content")),
             Some(_) => None,
         });
-        let added = found.keys().filter(|name| !self.files.contains_key(*name));
+        let is_mark = |name: &str| name.starts_with('.') || MARKS.contains(&name);
+        let counts = |path: &&String| !is_mark(path.rsplit('/').next().unwrap_or(path));
+        let added = found.keys().filter(|name| !self.files.contains_key(*name)).filter(counts);
         Ok(listed.chain(added.map(|name| format!("`{name}` is not listed"))).collect())
     }
 
@@ -121,13 +140,16 @@ impl ExportManifest {
     }
 }
 
-/// Paths of all files below a folder.
+/// Paths of all files below a folder, without those in folders that hold no part of a model.
 fn names(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     let mut pending = vec![(folder.to_path_buf(), String::new())];
     while let Some((inner, prefix)) = pending.pop() {
         for entry in fs::read_dir(&inner).map_err(|e| Error::io("read", &inner, e))? {
             let entry = entry.map_err(|e| Error::io("read", &inner, e))?;
+            if entry.path().is_dir() && entry.file_name().to_str().is_some_and(is_left_out) {
+                continue;
+            }
             let name = entry.file_name().into_string().map_err(|name| {
                 Error::invalid(format!("`{}`", inner.display()), format!("file name {name:?} is not UTF-8"))
                     .remedy("rename the file")

@@ -24,7 +24,7 @@ mod tower;
 mod variants;
 mod write;
 
-pub use assets::{AssetKind, MANIFEST_FILE, RECORD_FILE};
+pub use assets::{AssetKind, EXPORT_FILE, MANIFEST_FILE, RECORD_FILE};
 pub use card::{base_in_card, changes, front_matter, is_card};
 pub use component::Component;
 pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, token_ids, whole_number};

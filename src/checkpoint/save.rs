@@ -26,7 +26,8 @@ pub struct NamedTensor<'a> {
 }
 
 impl NamedTensor<'_> {
-    fn size_bytes(&self) -> u64 {
+    /// Size of its elements in bytes.
+    pub fn size_bytes(&self) -> u64 {
         self.dims.iter().product::<u64>() * self.dtype.bits() as u64 / 8
     }
 }

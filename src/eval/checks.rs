@@ -73,6 +73,13 @@ pub enum CheckStatus {
     Warning,
 }
 
+/// The largest expected rounding error of outputs up to `largest` in 16-bit floats. Each operator has a relative rounding
+/// error of at most `unit`, and n independent errors sum to about sqrt(n) times one of them (Higham & Mary 2019,
+/// doi:10.1137/18M1226312).
+pub(super) fn half_bound(model: &Model, unit: f64, largest: f64) -> f64 {
+    unit * (model.graph.body.nodes.len() as f64).sqrt() * largest
+}
+
 /// Collects the results of checks.
 pub(super) struct Checks(pub Vec<Check>);
 
@@ -102,22 +109,22 @@ impl Checks {
     }
 
     /// Compares the results of two engines on one graph. If `operator` rounds activations to few bits and the results
-    /// differ by more than `TOLERANCE`, the limit is twice the runtime's own spread, since each result may be that far
+    /// differ by more than `least`, the limit of other graphs, the limit is twice the runtime's own spread, since each result may be that far
     /// from the exact one.
     pub fn engines(
         &mut self,
         (name, subject): (&str, &str),
         difference: f64,
         detail: String,
-        operator: Option<&str>,
+        (least, operator): (f64, Option<&str>),
         spread: impl FnOnce() -> Result<f64>,
     ) {
-        let Some(operator) = operator.filter(|_| difference > TOLERANCE) else {
-            return self.compared(name, subject, difference, TOLERANCE, detail);
+        let Some(operator) = operator.filter(|_| difference > least) else {
+            return self.compared(name, subject, difference, least, detail);
         };
         match spread() {
             Ok(spread) => {
-                let allowed = if spread.is_finite() { TOLERANCE.max(2.0 * spread) } else { TOLERANCE };
+                let allowed = if spread.is_finite() { least.max(2.0 * spread) } else { least };
                 let why = format!(
                     "`{operator}` rounds activations, so that a change of {CHANGE:.0e} changes ONNX Runtime's own outputs \
                      by up to {spread:.1e}, and twice that is allowed"
@@ -137,15 +144,13 @@ impl Checks {
         self.add(name, subject, status, error.to_string());
     }
 
-    /// Checks the rounding errors of 16-bit floats in ONNX Runtime. Each operator has a relative rounding error of at
-    /// most `unit`, and n independent errors sum to about sqrt(n) times one of them (Higham & Mary 2019,
-    /// doi:10.1137/18M1226312).
+    /// Checks the rounding errors of 16-bit floats in ONNX Runtime.
     pub fn rounded(&mut self, part: &Component, model: &Model, unit: f64, found: Result<Rounding>) {
         let name = "rounding to 16 bits";
         match found {
             Ok(Rounding { difference, largest }) => {
                 let nodes = model.graph.body.nodes.len();
-                let bound = unit * (nodes as f64).sqrt() * largest;
+                let bound = half_bound(model, unit, largest);
                 let detail = format!(
                     "ONNX Runtime on the file as it is against f32; {nodes} operators, values up to {largest:.2}"
                 );

@@ -158,7 +158,7 @@ mod tests {
     fn the_tolerance_grows_only_for_graphs_that_round_and_with_their_spread() {
         let ended = |difference: f64, operator: Option<&str>, spread: f64| {
             let mut checks = Checks(Vec::new());
-            checks.engines(("interpreter", "x"), difference, "all".into(), operator, || Ok(spread));
+            checks.engines(("interpreter", "x"), difference, "all".into(), (TOLERANCE, operator), || Ok(spread));
             (checks.0[0].status, checks.0[0].tolerance.unwrap())
         };
         let operator = Some("DynamicQuantizeLinear");

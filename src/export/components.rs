@@ -4,7 +4,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+<<<<<<< HEAD
 use crate::base::{Error, Result, Sha256Digest, human_bytes, installed_cancel, sha256_file};
+=======
+use serde::de::IgnoredAny;
+
+use crate::base::{Error, Result, Sha256Digest, human_bytes, sha256_file, shortened};
+>>>>>>> w-f
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
 use crate::onnx::Storage;
@@ -95,9 +101,7 @@ pub(super) fn storage(
     };
     let body = &model.graph.body;
     if let Some((id, tensor)) = body.initializers.iter().find(|(_, tensor)| tensor.byte_len() > limit) {
-        let size = human_bytes(tensor.byte_len());
-        let problem = format!("has {size}, and a data file may hold {}", human_bytes(limit));
-        return Err(Error::unsupported(format!("weight `{}`", model.graph.name(*id)), problem)
+        return Err(larger_than_shard(model.graph.name(*id), tensor.byte_len(), limit)
             .remedy("give a larger `--shard-size`, or split large weights with `--max-buffer`"));
     }
     Ok(match inline && body.weight_bytes() <= limit {
@@ -107,6 +111,38 @@ pub(super) fn storage(
             chunk_bytes: Some(chunk_bytes.map_or(limit, |most| most.min(limit))),
         },
     })
+}
+
+/// The error for a weight that is larger than `--shard-size`; what to do is the caller's to say.
+pub(super) fn larger_than_shard(name: &str, size: u64, limit: u64) -> Error {
+    let problem = format!("has {}, and a data file may hold {}", human_bytes(size), human_bytes(limit));
+    Error::unsupported(format!("weight `{name}`"), problem)
+}
+
+/// Refuses JSON files of the tokenizer and processor that their readers cannot read. They are copied as they are.
+///
+/// Errors: `Error::Invalid` naming a file that is not JSON or no object; `Error::Io`.
+pub(super) fn check_texts(bundle: &Bundle) -> Result<()> {
+    for asset in bundle.assets() {
+        if asset.kind == AssetKind::Tokenizer && asset.file.ends_with(".json") {
+            check_object(&asset.file, &bundle.root().join(&asset.file))?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a file that is not one JSON object.
+///
+/// Errors: as [`check_texts`].
+pub(super) fn check_object(name: &str, path: &Path) -> Result<()> {
+    let wrong =
+        |problem: String| Error::invalid(format!("`{name}`"), problem).remedy("restore the file, or download it again");
+    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| wrong(format!("is not JSON: {e}")))?;
+    match bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
+        Some(b'{') => Ok(()),
+        _ => Err(wrong(format!("holds {}, expected an object", shortened(String::from_utf8_lossy(&bytes).trim())))),
+    }
 }
 
 /// True for a file of the bundle that a model folder for another consumer keeps. The export has a card of its own.

@@ -20,8 +20,9 @@ use crate::bundle::{
 use crate::checkpoint::{Checkpoint, NamedTensor, save};
 use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
+use crate::quantised::{block_matrices, channel_matrices};
 
-use super::components::{chosen, write as write_text};
+use super::components::{check_object, chosen, larger_than_shard, write as write_text};
 use super::record::{CheckpointWeights, ExportSettings, Written};
 
 const CONFIG: &str = "config.json";
@@ -49,6 +50,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     check_deepstack(history.as_deref().unwrap_or_default(), &config)?;
     check_packed(&edits, &config)?;
     check_blocks(history.as_deref().unwrap_or_default())?;
+    check_head(history.as_deref().unwrap_or_default())?;
 
     let components: Vec<&Component> = chosen(bundle, settings.variant.as_deref())?
         .into_iter()
@@ -65,7 +67,13 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let current: Vec<ModelPart> = current.iter().map(|loaded| loaded.part()).collect();
     let reference: Option<Vec<ModelPart>> =
         reference.as_ref().map(|loaded| loaded.iter().map(|loaded| loaded.part()).collect());
-    check_untrained(history.as_deref(), dense.is_some())?;
+    if dense.is_none() {
+        let quantised = |part: &ModelPart| {
+            let body = &part.model.graph.body;
+            !block_matrices(body).is_empty() || !channel_matrices(body).is_empty()
+        };
+        check_untrained(history.as_deref().unwrap_or_default(), current.iter().any(quantised))?;
+    }
     let taken = extract(reference.as_ref().unwrap_or(&current), &current, &base, &Cancel::default())?;
     if history.is_none() && dense.is_none() && !taken.missing.is_empty() {
         let problem = format!("are in none of the graphs: {}", list_preview(&taken.missing, 4));
@@ -79,6 +87,9 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let wider = taken.changed().any(|name| taken.dtype(name) != Some(base.tensors()[name].dtype));
     let config = if wider { in_f32(&config)? } else { config };
     let tensors: Vec<NamedTensor> = names.iter().map(|(name, new)| named(&base, &taken, name, new)).collect();
+    if let Some(limit) = settings.shard_bytes {
+        check_shards(&tensors, limit)?;
+    }
     let weights = CheckpointWeights {
         tensors: tensors.len(),
         changed: taken.changed().filter(|name| names.contains_key(name)).count(),
@@ -118,19 +129,43 @@ fn counterparts<'a>(components: &[&Component], dense: &'a Bundle) -> Result<Vec<
     components.iter().map(find).collect()
 }
 
-/// Trained weights are found by their values before.
-fn check_untrained(history: Option<&[RecordedStep]>, has_dense: bool) -> Result<()> {
+/// Trained weights are found by their values before; without them no weight may have been trained.
+fn check_untrained(history: &[RecordedStep], quantised: bool) -> Result<()> {
     let trained = |step: &RecordedStep| match step {
         RecordedStep::Prune { compensated, .. } => !compensated.is_empty(),
-        _ => true,
+        RecordedStep::Finetune { .. } | RecordedStep::Graft { .. } => true,
+        // Quantised weights are found by their rounded values.
+        RecordedStep::Quantise { .. } => false,
+        // `check_head` refuses a smaller head.
+        RecordedStep::Vocabulary { .. } => false,
+        // A config and a graph without weights.
+        RecordedStep::Pictures { .. } | RecordedStep::ImageTokens { .. } => false,
     };
-    if has_dense || !history.is_some_and(|history| history.iter().any(trained)) {
+    if !history.iter().any(trained) {
         return Ok(());
     }
-    Err(Error::invalid("the model", "was trained, so its weights are no longer those of the base").remedy(
-        "give the model before it was trained with `--dense`, pruned or not: its weights have the same names and the base's \
-         values",
-    ))
+    let problem = "was trained, so its weights are no longer those of the base";
+    let dense = "give the model before it was trained with `--dense`, pruned or not: its weights have the same names and the \
+                 base's values";
+    Err(Error::invalid("the model", problem).remedy(match quantised {
+        true => format!(
+            "heal the floats, then quantise: a checkpoint has floats, and those that were healed are more exact than \
+             quantised ones. Export the healed floats, and {dense}"
+        ),
+        false => dense.to_string(),
+    }))
+}
+
+/// The checkpoint's head has a row for every token.
+fn check_head(history: &[RecordedStep]) -> Result<()> {
+    for step in history {
+        if let RecordedStep::Vocabulary { kept, of } = step {
+            let problem = format!("its head was cut to {kept} of {of} rows; the checkpoint has a row for every token");
+            return Err(Error::unsupported("the model", problem)
+                .remedy("export the model as it was before `export --vocabulary`"));
+        }
+    }
+    Ok(())
 }
 
 /// The dropped layers of each tower, counted as in the model that was never pruned.
@@ -242,6 +277,15 @@ fn named<'a>(base: &'a Checkpoint, taken: &'a Extraction, name: &'a str, new: &s
     }
 }
 
+/// A file of the requested size has room for every tensor.
+fn check_shards(tensors: &[NamedTensor], limit: u64) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.size_bytes() > limit) {
+        None => Ok(()),
+        Some(tensor) => Err(larger_than_shard(&tensor.name, tensor.size_bytes(), limit)
+            .remedy("give a larger `--shard-size`: a checkpoint keeps each tensor in one file")),
+    }
+}
+
 /// The config with f32 as element type, in which transformers then loads every tensor.
 fn in_f32(config: &str) -> Result<String> {
     fn visit(value: &mut Value) {
@@ -288,6 +332,9 @@ fn carry(base: &Path, bundle: &Bundle, root: &Path) -> Result<Vec<String>> {
         }
     }
     for (name, source) in &files {
+        if name.ends_with(".json") {
+            check_object(name, source)?;
+        }
         let target = root.join(name);
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;

@@ -20,7 +20,7 @@ mod vocabulary;
 use std::path::Path;
 
 use crate::base::{Cancel, Error, Provenance, Result, StagedDir, sha256_file, write_json};
-use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE, ModelSource, Role};
+use crate::bundle::{Bundle, EXPORT_FILE, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::hub::commit_of;
 
 use components::NOTHING;
@@ -30,7 +30,7 @@ pub use precision::{
     Sensitivity, WeightForm, export_variants, precision_named, write_variants,
 };
 use record::Written;
-pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+pub use record::{CheckpointWeights, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 pub use vocabulary::{CutFile, VOCABULARY_FILE, VocabularyReport, write_vocabulary};
 
 /// Name of the model card.
@@ -268,6 +268,7 @@ fn export_model(
         return Err(Error::unsupported(subject, reason)
             .remedy("export the model as it was before, or take it out with `interlace prune --keep-image-tokens 1`"));
     }
+    components::check_texts(bundle)?;
     bundle.check_output(folder)?;
     cancel.check(NOTHING)?;
     let staged = StagedDir::create(folder)?;

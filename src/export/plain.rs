@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::base::{Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
-use crate::ir::{Body, Model, Node, ValueId};
+use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
 use crate::rewrite::narrow_positions;
 
@@ -17,7 +17,7 @@ use super::record::{ExportSettings, ExportedModel, Written};
 ///
 /// Errors: as [`write`].
 pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let mut written = write(bundle, settings, root, Weights::AsBefore, |_| {})?;
+    let mut written = write(bundle, settings, root, Weights::AsBefore, |_, _| Ok(()))?;
     for file in written.models.keys() {
         let model = onnx::load(&root.join(file))?;
         let mut operators = BTreeSet::new();
@@ -47,17 +47,36 @@ fn microsoft_operators(body: &Body, found: &mut BTreeSet<String>) {
 ///
 /// Errors: `Error::Unsupported` for a component that does not fit into one file; as [`write`].
 pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write(bundle, settings, root, Weights::Inside, |model| {
+    write(bundle, settings, root, Weights::Inside, |_, model| {
         narrow_positions(model);
+        Ok(())
     })
 }
 
 /// The folder for tract, which does not unify the free sizes that exporters note on inner values.
 ///
-/// Errors: as [`write`].
+/// Errors: `Error::Unsupported` for weights with fewer bits than 8; as [`write`].
 pub(super) fn tract(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
     let settings = ExportSettings { standard_ops: true, ..settings.clone() };
-    write(bundle, &settings, root, Weights::AsBefore, without_inner_types)
+    write(bundle, &settings, root, Weights::AsBefore, |file, model| {
+        if let Some(dtype) = below_8_bits(&model.graph.body) {
+            return Err(Error::unsupported(
+                format!("`{file}`"),
+                format!("has weights of {dtype}, which tract does not load"),
+            )
+            .remedy("export it with `--precision fp16`, `int8` or `int8-qdq`, or the floats"));
+        }
+        without_inner_types(model);
+        Ok(())
+    })
+}
+
+/// The type of a weight whose numbers have fewer bits than 8.
+fn below_8_bits(body: &Body) -> Option<DataType> {
+    let types = body.initializers.iter().map(|(_, tensor)| tensor.dtype);
+    let small = |dtype: &DataType| (1..8).contains(&dtype.bits());
+    let inner = || body.nodes.iter().flat_map(Node::bodies).find_map(below_8_bits);
+    types.into_iter().find(small).or_else(inner)
 }
 
 /// Place of a component's weights.
@@ -80,7 +99,7 @@ fn write(
     settings: &ExportSettings,
     root: &Path,
     weights: Weights,
-    change: fn(&mut Model),
+    change: fn(&str, &mut Model) -> Result<()>,
 ) -> Result<Written> {
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
@@ -90,7 +109,7 @@ fn write(
     for component in components {
         let mut model = onnx::load(&bundle.path_of(component))?;
         convert(&component.file, &mut model, settings)?;
-        change(&mut model);
+        change(&component.file, &mut model)?;
         let bytes = model.graph.body.weight_bytes();
         if weights == Weights::Inside && bytes > ONE_FILE_BYTES {
             let problem = format!("has {} of weights, and an ONNX file holds at most 2 GB", human_bytes(bytes));

@@ -17,8 +17,6 @@ use super::triton::Serving;
 
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
-/// File name of the record.
-pub const EXPORT_FILE: &str = "interlace-export.json";
 
 /// How an export is written. Each target says which of these it reads; another one that is set is an error.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -258,6 +258,63 @@ fn a_head_that_is_tied_to_the_embeddings_is_not_written_alone() {
     assert!(message.contains("with different values"), "{message}");
 }
 
+/// Adds a step to the record of a folder.
+fn with_step(folder: &Path, step: Value) {
+    let file = folder.join("interlace.json");
+    let mut record = json(&file);
+    record["history"].as_array_mut().expect("a history").push(step);
+    fs::write(file, record.to_string()).expect("record");
+}
+
+#[test]
+fn only_steps_that_train_ask_for_the_model_before() {
+    let family = family("idefics3");
+    let here = family.here();
+    family.run(&["prune", "idefics3", "--drop", "1", "-o", "pruned", "-q"]);
+    let plain = exported(&family, "pruned", "plain", &[]);
+    family.run(&["export", "pruned", "--precision", "int8", "-o", "quantised", "-q"]);
+    for step in [
+        serde_json::json!({ "step": "pictures", "keys": { "do_image_splitting": false } }),
+        serde_json::json!({ "step": "image_tokens", "keep": 1.0 }),
+    ] {
+        with_step(&here.join("quantised"), step);
+    }
+    let found = exported(&family, "quantised", "floats", &[]);
+    assert_eq!(found["weights"], plain["weights"]);
+    let bytes = |folder: &str| fs::read(here.join(folder).join("model.safetensors")).expect("weights");
+    assert!(bytes("floats") == bytes("plain"));
+
+    let step = serde_json::json!({ "step": "graft", "tensors": 1 });
+    with_step(&here.join("quantised"), step);
+    let export = |more: &[&str]| {
+        let arguments = ["export", "quantised", "--to", "safetensors", "--base", "base", "-o", "out"];
+        refused(&family, &[&arguments[..], more].concat())
+    };
+    let floats = export(&[]);
+    assert!(floats.contains("was trained") && !floats.contains("heal the floats"), "{floats}");
+    let rounded = export(&["--variant", "quantized"]);
+    assert!(rounded.contains("was trained") && rounded.contains("heal the floats, then quantise"), "{rounded}");
+
+    let step = serde_json::json!({ "step": "vocabulary", "kept": 90, "of": 100 });
+    with_step(&here.join("quantised"), step);
+    for more in [&[][..], &["--dense", "pruned"]] {
+        let cut = export(more);
+        assert!(cut.contains("head was cut to 90 of 100 rows") && cut.contains("--vocabulary"), "{cut}");
+    }
+    assert!(!here.join("out").exists());
+}
+
+#[test]
+fn a_tensor_larger_than_a_shard_is_named() {
+    let family = family("idefics3");
+    family.run(&["prune", "idefics3", "--drop", "1", "-o", "pruned", "-q"]);
+    let arguments = ["export", "pruned", "--to", "safetensors", "--base", "base", "--shard-size", "1kB", "-o", "out"];
+    let message = refused(&family, &arguments);
+    assert!(message.contains("weight `") && message.contains("a data file may hold 1"), "{message}");
+    assert!(message.contains("a larger `--shard-size`"), "{message}");
+    assert!(!family.here().join("out").exists());
+}
+
 #[test]
 fn what_transformers_or_the_base_cannot_say_is_refused() {
     let family = family("qwen3_vl");

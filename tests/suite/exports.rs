@@ -288,7 +288,7 @@ fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
     assert!(!folder.path().join("c").exists());
 }
 
-fn to(target: &str, model: &Path, settings: &ExportSettings, out: &Path) -> interlace::base::Result<Export> {
+pub fn to(target: &str, model: &Path, settings: &ExportSettings, out: &Path) -> interlace::base::Result<Export> {
     written(target, &Bundle::open(model).expect("bundle"), settings, out)
 }
 

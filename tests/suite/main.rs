@@ -15,6 +15,7 @@ mod data_sets;
 mod deepstack;
 mod docs;
 mod evaluation;
+mod export_faults;
 mod export_refusals;
 mod exports;
 mod families;
