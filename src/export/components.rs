@@ -4,13 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-<<<<<<< HEAD
-use crate::base::{Error, Result, Sha256Digest, human_bytes, installed_cancel, sha256_file};
-=======
 use serde::de::IgnoredAny;
 
-use crate::base::{Error, Result, Sha256Digest, human_bytes, sha256_file, shortened};
->>>>>>> w-f
+use crate::base::{Error, Result, Sha256Digest, human_bytes, installed_cancel, sha256_file, shortened};
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
 use crate::onnx::Storage;

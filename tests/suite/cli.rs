@@ -160,7 +160,7 @@ fn json(output: &Output) -> serde_json::Value {
 }
 
 /// A copy of the fixture model that a test may change.
-fn model_copy(folder: &Path) -> PathBuf {
+pub fn model_copy(folder: &Path) -> PathBuf {
     let (source, target) = (PathBuf::from(fixture("model")), folder.join("model"));
     fs::create_dir_all(target.join("onnx")).expect("folder");
     for part in ["", "onnx"] {
@@ -595,23 +595,4 @@ fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
     assert_eq!(names(here), [".interlace-mine", "out"]);
     let message = stderr(&output);
     assert!(message.contains("runs that were killed left") && message.contains(&left[0]), "{message}");
-}
-
-#[test]
-fn files_beside_the_model_are_copied_and_listed() {
-    let folder = tempfile::tempdir().expect("folder");
-    let model = model_copy(folder.path());
-    for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {
-        fs::write(model.join(file), text).expect("write");
-    }
-    let model = model.display().to_string();
-    let output = interlace(folder.path(), &["prune", &model, "--drop", "2", "-o", "out"]);
-    assert!(stdout(&output).contains("carried along as it is: `.msc`, `modeling_x.py`"), "{}", stdout(&output));
-    let out = folder.path().join("out");
-    let record: serde_json::Value =
-        serde_json::from_slice(&fs::read(out.join("interlace.json")).expect("record")).expect("JSON");
-    assert_eq!(record["carried"], serde_json::json!([".msc", "modeling_x.py"]));
-    let card = fs::read_to_string(out.join("README.md")).expect("card");
-    assert!(card.contains("1 of 16 layers of the language model removed: layer 2"), "{card}");
-    assert!(card.contains("made from `model`") && card.ends_with("# Dense model\n"), "{card}");
 }

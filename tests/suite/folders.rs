@@ -1,13 +1,14 @@
 //! Model folders of every layout are opened, and written with the configs of a pruned model.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use interlace::base::Provenance;
 use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
 use serde_json::Value;
 
-use super::cli::{interlace, stderr};
+use super::cli::{interlace, model_copy, stderr, stdout};
 
 fn zoo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(path)
@@ -148,4 +149,23 @@ fn an_unreadable_variant_is_skipped_with_a_warning() {
         assert!(stderr(&output).contains("model.onnx"), "{}", stderr(&output));
     }
     assert!(!root.path().join("other").exists());
+}
+
+#[test]
+fn files_beside_the_model_are_copied_and_listed() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model_copy(folder.path());
+    for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {
+        fs::write(model.join(file), text).expect("write");
+    }
+    let model = model.display().to_string();
+    let output = interlace(folder.path(), &["prune", &model, "--drop", "2", "-o", "out"]);
+    assert!(stdout(&output).contains("carried along as it is: `.msc`, `modeling_x.py`"), "{}", stdout(&output));
+    let out = folder.path().join("out");
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(out.join("interlace.json")).expect("record")).expect("JSON");
+    assert_eq!(record["carried"], serde_json::json!([".msc", "modeling_x.py"]));
+    let card = fs::read_to_string(out.join("README.md")).expect("card");
+    assert!(card.contains("1 of 16 layers of the language model removed: layer 2"), "{card}");
+    assert!(card.contains("made from `model`") && card.ends_with("# Dense model\n"), "{card}");
 }

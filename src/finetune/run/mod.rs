@@ -30,7 +30,7 @@ use digests::open;
 use frozen::FrozenLayers;
 use live::Live;
 use planning::Opened;
-use rows::Rows;
+use rows::RunRows;
 
 pub use planning::plan_run;
 pub use request::{FinetunedModel, Report, Request};
@@ -89,7 +89,7 @@ pub fn finetune_with_teacher(
     let targets = teacher_targets.as_ref();
     let frozen = FrozenLayers::new(request, &opened.cut)?;
 
-    let Rows { mut dataset, left_out, plan, streamed } =
+    let RunRows { mut dataset, left_out, plan, streamed } =
         rows::of(request, &opened, &frozen, (targets, &digests), cancel)?;
 
     let inputs = &digests.inputs(request)?;

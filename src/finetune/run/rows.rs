@@ -12,7 +12,7 @@ use super::planning::{Opened, estimated, resolve};
 use super::request::Request;
 
 /// The samples of a run, and its plan for them.
-pub struct Rows<'a> {
+pub struct RunRows<'a> {
     pub dataset: TrainingSet,
     pub left_out: LeftOut,
     pub plan: RunPlan,
@@ -29,7 +29,7 @@ pub fn of<'a>(
     frozen: &'a FrozenLayers<'a>,
     (targets, digests): (Option<&'a TeacherTargets<'a>>, &Digests),
     cancel: &'a Cancel,
-) -> Result<Rows<'a>> {
+) -> Result<RunRows<'a>> {
     let own = request.own_work();
     let element = frozen.element();
     let store = RowStore::new(&own, &digests.of_rows(request, opened, element)?, opened.side.clone(), element);
@@ -77,7 +77,7 @@ pub fn of<'a>(
     let place = (own.as_path(), &opened.sizes);
     let streamed =
         (rows != KeptRows::All).then(|| frozen.streamed(opened.side.clone(), computed, in_dense, place, cancel));
-    Ok(Rows { dataset, left_out, plan, streamed })
+    Ok(RunRows { dataset, left_out, plan, streamed })
 }
 
 /// The rows that are kept on disk: the decision of the first process, unless it has the rows of an earlier run. `own`: None in
