@@ -390,9 +390,10 @@ mod tests {
             bridged: Vec::new(),
             mlps: Vec::new(),
         };
-        assert!(check_untrained(Some(&[prune(Vec::new())]), false).is_ok());
-        assert!(check_untrained(Some(&[prune(vec![1])]), false).unwrap_err().to_string().contains("was trained"));
-        assert!(check_untrained(Some(&[prune(vec![1])]), true).is_ok());
+        assert!(check_untrained(&[prune(Vec::new())], false).is_ok());
+        assert!(check_untrained(&[prune(vec![1])], false).unwrap_err().to_string().contains("was trained"));
+        let quantised = check_untrained(&[prune(vec![1])], true).unwrap_err().to_string();
+        assert!(quantised.contains("heal the floats, then quantise"), "{quantised}");
     }
 
     #[test]
