@@ -95,7 +95,7 @@ pub fn install_ctrl_c() -> Result<Cancel> {
 }
 
 /// The flag of the installed handler, for waits deep below a verb; a flag that nobody sets without a handler.
-pub fn installed_cancel() -> Cancel {
+pub(super) fn installed_cancel() -> Cancel {
     INSTALLED.get().cloned().unwrap_or_default()
 }
 

@@ -21,7 +21,7 @@ mod threads;
 
 pub use ahead::{ahead, prepared_ahead};
 pub use artifact::{Provenance, read_artifact, read_json, write_json};
-pub use cancel::{Cancel, install_ctrl_c, installed_cancel};
+pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use files::{AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes, read_plain};

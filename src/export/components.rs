@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::de::IgnoredAny;
 
-use crate::base::{Error, Result, Sha256Digest, human_bytes, installed_cancel, sha256_file, shortened};
+use crate::base::{Cancel, Error, Result, Sha256Digest, human_bytes, sha256_file, shortened};
 use crate::bundle::{Asset, AssetKind, Bundle, Component, RECORD_FILE, Role, Variants, is_card};
 use crate::ir::{DataType, Model};
 use crate::onnx::Storage;
@@ -64,8 +64,8 @@ pub(super) fn decoder_of<'p, 'b>(parts: &'p [(&'b Component, Model)]) -> Result<
 /// buffers, in an earlier IR version.
 ///
 /// Errors: `Error::Unsupported` naming what the form lacks; `Error::Interrupted` on Ctrl-C.
-pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings) -> Result<()> {
-    installed_cancel().check(NOTHING)?;
+pub(super) fn convert(name: &str, model: &mut Model, settings: &ExportSettings, cancel: &Cancel) -> Result<()> {
+    cancel.check(NOTHING)?;
     if settings.standard_ops {
         *model = standard_operators(model)?;
     }

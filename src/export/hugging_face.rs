@@ -33,7 +33,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 ///
 /// Errors: `Error::Invalid` without `base`, without `dense` for a model that was trained, and as `graft::extract`;
 /// `Error::Unsupported` when transformers' network cannot compute what the graphs do; `Error::Io`.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let path = settings.base.as_deref().ok_or_else(|| {
         Error::invalid("`--base`", "is missing")
             .remedy("give the checkpoint that the ONNX files were exported from: the weights get its names")
@@ -74,7 +74,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         };
         check_untrained(history.as_deref().unwrap_or_default(), current.iter().any(quantised))?;
     }
-    let taken = extract(reference.as_ref().unwrap_or(&current), &current, &base, &Cancel::default())?;
+    let taken = extract(reference.as_ref().unwrap_or(&current), &current, &base, cancel)?;
     if history.is_none() && dense.is_none() && !taken.missing.is_empty() {
         let problem = format!("are in none of the graphs: {}", list_preview(&taken.missing, 4));
         return Err(Error::invalid("tensors of the base", problem).remedy(

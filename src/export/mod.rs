@@ -92,7 +92,7 @@ pub struct ExportTarget {
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
-    write: fn(&Bundle, &ExportSettings, &Path) -> Result<Written>,
+    write: fn(&Bundle, &ExportSettings, &Path, &Cancel) -> Result<Written>,
 }
 
 impl ExportTarget {
@@ -273,7 +273,7 @@ fn export_model(
     cancel.check(NOTHING)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings: recorded, models, mut files, mut notes, mut inputs, weights } =
-        (target.write)(bundle, settings, staged.path())?;
+        (target.write)(bundle, settings, staged.path(), cancel)?;
     cancel.check(NOTHING)?;
     let mut buffers = Vec::new();
     if let Some(limit) = recorded.max_buffer_bytes {
@@ -319,5 +319,18 @@ mod tests {
         assert!(error.contains("--max-batch-size") && error.contains("transformers-js"), "{error}");
         assert!(!out.exists());
         assert!(target_named("polish").unwrap_err().contains("triton"));
+    }
+
+    /// The functions of the rows look at the flag themselves, not only [`export`] around them. `safetensors` needs a base.
+    #[test]
+    fn every_target_ends_when_the_user_asks_to_stop() {
+        let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
+        let (settings, cancel) = (ExportSettings::default(), Cancel::default());
+        cancel.request();
+        for target in TARGETS.iter().filter(|target| !target.reads("--base")) {
+            let folder = tempfile::tempdir().unwrap();
+            let written = (target.write)(&bundle, &settings, folder.path(), &cancel);
+            assert!(matches!(written, Err(Error::Interrupted { .. })), "{}", target.name);
+        }
     }
 }

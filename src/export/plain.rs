@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
-use crate::base::{Error, Result, human_bytes, sha256_file};
+use crate::base::{Cancel, Error, Result, human_bytes, sha256_file};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{Body, DataType, Model, Node, ValueId};
 use crate::onnx;
@@ -16,8 +16,8 @@ use super::record::{ExportSettings, ExportedModel, Written};
 /// The folder for OpenVINO, which takes the graphs as they are.
 ///
 /// Errors: as [`write`].
-pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let mut written = write(bundle, settings, root, Weights::AsBefore, |_, _| Ok(()))?;
+pub(super) fn openvino(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
+    let mut written = write(bundle, settings, (root, cancel), Weights::AsBefore, |_, _| Ok(()))?;
     for file in written.models.keys() {
         let model = onnx::load(&root.join(file))?;
         let mut operators = BTreeSet::new();
@@ -46,8 +46,8 @@ fn microsoft_operators(body: &Body, found: &mut BTreeSet<String>) {
 /// The folder with the weights of each component inside its `.onnx` file.
 ///
 /// Errors: `Error::Unsupported` for a component that does not fit into one file; as [`write`].
-pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write(bundle, settings, root, Weights::Inside, |_, model| {
+pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
+    write(bundle, settings, (root, cancel), Weights::Inside, |_, model| {
         narrow_positions(model);
         Ok(())
     })
@@ -56,9 +56,9 @@ pub(super) fn single_file(bundle: &Bundle, settings: &ExportSettings, root: &Pat
 /// The folder for tract, which does not unify the free sizes that exporters note on inner values.
 ///
 /// Errors: `Error::Unsupported` for weights with fewer bits than 8; as [`write`].
-pub(super) fn tract(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn tract(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let settings = ExportSettings { standard_ops: true, ..settings.clone() };
-    write(bundle, &settings, root, Weights::AsBefore, |file, model| {
+    write(bundle, &settings, (root, cancel), Weights::AsBefore, |file, model| {
         if let Some(dtype) = below_8_bits(&model.graph.body) {
             return Err(Error::unsupported(
                 format!("`{file}`"),
@@ -97,7 +97,7 @@ const ONE_FILE_BYTES: u64 = (1 << 31) - (32 << 20);
 fn write(
     bundle: &Bundle,
     settings: &ExportSettings,
-    root: &Path,
+    (root, cancel): (&Path, &Cancel),
     weights: Weights,
     change: fn(&str, &mut Model) -> Result<()>,
 ) -> Result<Written> {
@@ -108,7 +108,7 @@ fn write(
     let (mut models, mut chunks, mut files) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for component in components {
         let mut model = onnx::load(&bundle.path_of(component))?;
-        convert(&component.file, &mut model, settings)?;
+        convert(&component.file, &mut model, settings, cancel)?;
         change(&component.file, &mut model)?;
         let bytes = model.graph.body.weight_bytes();
         if weights == Weights::Inside && bytes > ONE_FILE_BYTES {

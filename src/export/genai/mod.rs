@@ -17,7 +17,7 @@ mod processor;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Error, Result, sha256_file};
+use crate::base::{Cancel, Error, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx;
@@ -47,7 +47,7 @@ struct Graph<'a> {
 ///
 /// Errors: `Error::Unsupported` naming a component, input or cache that GenAI does not take; `Error::Invalid` when a
 /// config lacks a key; `Error::Io`.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let mut parts: Vec<(&Component, Model)> = Vec::new();
     let mut notes = Vec::new();
     for component in chosen(bundle, settings.variant.as_deref())? {
@@ -63,7 +63,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let (mut graphs, figures, pictures) = graphs_of(bundle, &parts)?;
     let mut models = BTreeMap::new();
     for Graph { file, source, model } in &mut graphs {
-        convert(file, model, settings)?;
+        convert(file, model, settings, cancel)?;
         let inline = source.external.is_empty() && bundle.size_bytes(source)? <= INLINE_BYTES;
         let storage = storage(model, settings, inline, format!("{file}.data"), None)?;
         let data = onnx::save(model, &root.join(*file), &storage)?;

@@ -21,7 +21,7 @@ pub(super) mod sides;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::Result;
+use crate::base::{Cancel, Result};
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx;
@@ -102,7 +102,7 @@ pub(super) fn token_ids(bundle: &Bundle) -> TokenIds<'_> {
 ///
 /// Errors: `Error::Unsupported` naming an input, output or component that the graph cannot have; `Error::Invalid` when
 /// a variant is missing; `Error::Io`.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let mut loaded = LoadedGraphs::open(bundle, settings.variant.as_deref())?;
     let mut generate = generation_graph(&loaded.graphs(), &token_ids(bundle))?;
     let folder = root.join("onnx");
@@ -115,7 +115,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         sources.push(component);
     }
     for (name, model) in &mut files {
-        convert(name, model, settings)?;
+        convert(name, model, settings, cancel)?;
     }
     let written: Vec<(&str, &Model)> = files.iter().map(|(name, model)| (name.as_str(), &**model)).collect();
     let data = onnx::save_sharing(&folder, &written, DATA_FILE)?;

@@ -18,7 +18,7 @@ mod webgpu;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Result, sha256_file};
+use crate::base::{Cancel, Result, sha256_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::WEBGPU_BUFFER_BYTES;
 use crate::onnx;
@@ -39,17 +39,23 @@ const INLINE_BYTES: u64 = 256 << 20;
 ///
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    write_for(bundle, settings, root, Device::Any)
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
+    write_for(bundle, settings, root, Device::Any, cancel)
 }
 
 /// The same for WebGPU alone.
 ///
 /// Errors: as [`write`]; `Error::Unsupported` for a graph that WebGPU does not compute, and for a weight above the largest buffer
 /// that cannot be split.
-pub(super) fn webgpu(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn webgpu(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let limit = settings.max_buffer_bytes.unwrap_or(WEBGPU_BUFFER_BYTES);
-    write_for(bundle, &ExportSettings { max_buffer_bytes: Some(limit), ..settings.clone() }, root, Device::WebGpu)
+    write_for(
+        bundle,
+        &ExportSettings { max_buffer_bytes: Some(limit), ..settings.clone() },
+        root,
+        Device::WebGpu,
+        cancel,
+    )
 }
 
 /// Where transformers.js runs the graphs.
@@ -61,7 +67,13 @@ enum Device {
     WebGpu,
 }
 
-fn write_for(bundle: &Bundle, settings: &ExportSettings, root: &Path, device: Device) -> Result<Written> {
+fn write_for(
+    bundle: &Bundle,
+    settings: &ExportSettings,
+    root: &Path,
+    device: Device,
+    cancel: &Cancel,
+) -> Result<Written> {
     let kind = rules::class_of(bundle)?;
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
@@ -91,7 +103,7 @@ fn write_for(bundle: &Bundle, settings: &ExportSettings, root: &Path, device: De
         }
         rules::check_ports(component, &model, bundle.config(), packing.is_some(), &mut notes)?;
         narrow_positions(&mut model);
-        convert(&file, &mut model, settings)?;
+        convert(&file, &mut model, settings, cancel)?;
         if device == Device::WebGpu {
             webgpu::check(component, &model)?;
         }

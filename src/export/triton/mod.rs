@@ -27,7 +27,7 @@ mod schema;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Result, sha256_file};
+use crate::base::{Cancel, Result, sha256_file};
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx::{self, Storage};
@@ -53,10 +53,10 @@ const INLINE_BYTES: u64 = 256 << 20;
 /// Errors: `Error::Invalid` when the bundle lacks the requested variant or two components would get the same name;
 /// `Error::Unsupported` for inputs of a type that Triton lacks and for weights that the IR version lacks; `Error::Io`
 /// when writing fails.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path, cancel: &Cancel) -> Result<Written> {
     let settings =
         ExportSettings { max_batch_size: Some(settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE)), ..settings.clone() };
-    let mut repository = Repository { settings: &settings, root, models: BTreeMap::new(), notes: Vec::new() };
+    let mut repository = Repository { settings: &settings, cancel, root, models: BTreeMap::new(), notes: Vec::new() };
     let mut parts = Vec::new();
     for component in chosen(bundle, settings.variant.as_deref())? {
         let name = file_name(&component.stem);
@@ -90,6 +90,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
 /// A repository that is being written.
 struct Repository<'a> {
     settings: &'a ExportSettings,
+    cancel: &'a Cancel,
     root: &'a Path,
     models: BTreeMap<String, ExportedModel>,
     notes: Vec<String>,
@@ -101,7 +102,7 @@ impl Repository<'_> {
         if let Some(other) = self.models.get(&name) {
             return Err(same_name(&name, &other.source, &component.file));
         }
-        convert(&name, &mut model, self.settings)?;
+        convert(&name, &mut model, self.settings, self.cancel)?;
         let reshaped = scalars::with_an_axis(&mut model)?;
         let version_folder = self.root.join(&name).join("1");
         create(&version_folder)?;
